@@ -73,9 +73,11 @@ class RoleChannel:
             self.side_stream.wait_stream(torch.cuda.current_stream(self.device))
         return torch.cuda.stream(self.side_stream)
 
-    def synchronize(self) -> None:
-        """Wait on the host for the work that was issued on the current stream."""
-        if self.device.type == "cuda":
+    def synchronize(self, event: torch.cuda.Event | None = None) -> None:
+        """Wait on the host for an event. Default: the work that was issued on the current stream."""
+        if event is not None:
+            event.synchronize()
+        elif self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
     def record_stream(self, tensor: torch.Tensor) -> None:
