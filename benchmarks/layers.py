@@ -45,7 +45,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.recipe import Recipe, load_recipe
 from minitron_mp.config.training import TrainingConfig
-from minitron_mp.distributed.world import World, build_groups, leave_groups
+from minitron_mp.distributed.world import World, build_groups, leave_job
 from minitron_mp.errors import InputError
 from minitron_mp.losses.fused import distillation_loss
 from minitron_mp.losses.objective import Objective, TeacherHidden
@@ -299,8 +299,7 @@ def shard(tp: int) -> Iterator[World]:
     try:
         yield build_groups(ParallelConfig(tp=tp, sequence_parallel=tp > 1), DEVICE, 1)
     finally:
-        leave_groups()
-        dist.destroy_process_group()
+        leave_job(DEVICE)
 
 
 def about() -> dict[str, str]:

@@ -28,6 +28,7 @@ from minitron_mp.artifacts.checkpoint_errors import discard, read_errors, write_
 from minitron_mp.artifacts.files import aside_path
 from minitron_mp.artifacts.manifest import Manifest, commit_artifact, prepare_artifact
 from minitron_mp.artifacts.writer_processes import forked_writers
+from minitron_mp.distributed.process_groups import host_group
 from minitron_mp.distributed.sync import on_rank_0, raise_on_all_ranks
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError
@@ -255,7 +256,7 @@ def check_room(num_bytes: float, folder: Path) -> None:
     would stop the writer processes of some ranks only.
     """
     needed = torch.tensor(float(num_bytes))
-    dist.all_reduce(needed)
+    dist.all_reduce(needed, group=host_group())
     parent = next(path for path in folder.absolute().parents if path.exists())
     free = shutil.disk_usage(parent).free
     failure = None

@@ -151,10 +151,12 @@ def _check_process_group(job: RankTable, clock: Callable[[], float]) -> list[Che
 
     from minitron_mp.cluster.network import check_clocks, check_collectives
     from minitron_mp.distributed.launcher import local_device
+    from minitron_mp.distributed.process_groups import end_default_group
     from minitron_mp.distributed.world import start_job
 
     results: list[CheckResult] = []
     starts_group = not dist.is_initialized()
+    is_failed = False
     say(
         f"{job.size} ranks join a process group; if no output follows within {JOIN_MINUTES:.0f} minute, they "
         f"cannot connect: {JOIN_ADVICE}"
@@ -169,11 +171,12 @@ def _check_process_group(job: RankTable, clock: Callable[[], float]) -> list[Che
             results.append(warning("ranks", detail, advice))
         return [*results, *check_collectives(job, device), check_clocks(job, clock)]
     except Exception as error:  # whatever gloo, NCCL or a failed peer raises
+        is_failed = True
         detail = f"on rank {job.rank} ({job.host}): {str(error).splitlines()[0]}"
         return [*results, failed("ranks", detail, JOIN_ADVICE)]
     finally:
-        if starts_group and dist.is_initialized():
-            dist.destroy_process_group()
+        if starts_group:
+            end_default_group(local_device(), is_failed=is_failed)
 
 
 def _gather(job: RankTable, results: Sequence[CheckResult]) -> list[CheckResult] | None:

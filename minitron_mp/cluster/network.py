@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from minitron_mp.cluster.checks import CheckResult, failed, ok, warning
+from minitron_mp.distributed.process_groups import host_barrier, host_group
 
 STORE_TIMEOUT_S = 20.0
 """Timeout for a result of another rank that computes nothing. Network file systems may delay files by
@@ -198,20 +199,15 @@ def _slowest_rank_s(action: Callable[[], object], device: torch.device) -> float
     """Return the seconds of the slowest rank in the best of three runs."""
     best = float("inf")
     for _ in range(3):
-        _barrier()
+        host_barrier()
         start = time.perf_counter()
         action()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         slowest = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX, group=host_group())
         best = min(best, slowest.item())
     return best
-
-
-def _barrier() -> None:
-    """Wait for all ranks, on the CPU. A barrier of NCCL would wait for the GPU."""
-    dist.all_reduce(torch.zeros(1))
 
 
 def check_clocks(job: RankTable, clock: Callable[[], float] = time.time) -> CheckResult:
@@ -222,9 +218,9 @@ def check_clocks(job: RankTable, clock: Callable[[], float] = time.time) -> Chec
     best: list[float] = []
     for _ in range(5):
         times = torch.zeros(job.size, dtype=torch.float64)
-        _barrier()
+        host_barrier()
         times[job.rank] = clock()
-        dist.all_reduce(times)
+        dist.all_reduce(times, group=host_group())
         if not best or times.max().item() - times.min().item() < max(best) - min(best):
             best = times.tolist()
     skew = max(best) - min(best)

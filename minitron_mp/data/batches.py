@@ -27,6 +27,7 @@ from minitron_mp.data.corpus import check_masks, prefixes_of, texts_of, tokens_o
 from minitron_mp.data.sources import PARTS
 from minitron_mp.data.tokenizer import Tokenizer
 from minitron_mp.distributed.batch import Batch
+from minitron_mp.distributed.process_groups import host_barrier
 from minitron_mp.errors import InputError, must_divide, os_error_text, refuse
 
 KEYS = ("tokens", "labels", "loss_mask", "position_ids")
@@ -217,7 +218,7 @@ def _blended_dataset(
     from minitron_mp.data.mapped_samples import MappedSamples
 
     if dist.is_initialized():
-        dist.barrier()  # wait for ranks that still open the index of an earlier call
+        host_barrier()  # wait for ranks that still open the index of an earlier call
     elif len(prefixes) > 1:  # fixed in Megatron-Core 0.19
         raise InputError(
             f"{index.name} text has {len(prefixes)} prefixes, which Megatron-Core mixes in a job of ranks "

@@ -45,8 +45,8 @@ class Writer:
 
     def make_room(self, count: int = 1) -> None: ...
 
-    def send(self, id: int, signal: Tensor) -> None:
-        """Add this rank's part [s', b, n'] of a microbatch."""
+    def send(self, id: int, signal: Tensor, computed: torch.cuda.Event | None = None) -> None:
+        """Add this rank's part [s', b, n'] of a microbatch. computed: not used, the copy waits."""
         self.shard[str(id)] = signal.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         if sum(tensor.nbytes for tensor in self.shard.values()) >= SHARD_BYTES:
             self.finish()

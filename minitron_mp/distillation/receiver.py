@@ -55,12 +55,18 @@ class Receiver:
     def get(self, id: int) -> Tensor:
         """Wait for a microbatch and return this rank's part [s', b, n']."""
         start = time.perf_counter()
+        limit_s = self._longest_wait_s(id)
         with self.changed:
-            # This wait ends: the waits of the thread have the timeout, and the thread sets `failure`
-            # when it ends early.
-            self.changed.wait_for(lambda: id in self.arrived or self.failure is not None)
+            # The waits of the thread have the timeout, and the thread sets `failure` when it ends
+            # early. The limit is for calls of NCCL that do not return.
+            in_time = self.changed.wait_for(
+                lambda: id in self.arrived or self.failure is not None, timeout=limit_s
+            )
             arrival = self.arrived.pop(id, None)
         self.link.wait_s += time.perf_counter() - start
+        if not in_time:
+            source = self._blocks(id)[0].source
+            raise self.link.error(source, f"did not send microbatch {id} in {limit_s:.0f} s")
         if arrival is None:
             failure = self.failure
             if isinstance(failure, _Ended):
@@ -97,7 +103,16 @@ class Receiver:
         with self.changed:
             self.closed = True
             self.changed.notify_all()
-        self.thread.join()
+        self.thread.join(self._longest_wait_s(self.ids[-1]) if self.ids else None)
+
+    def _longest_wait_s(self, id: int) -> float:
+        """Return the seconds that the thread needs at most for a microbatch after its credit.
+
+        It waits for one announcement of each source, and for each block.
+        """
+        blocks = self._blocks(id)
+        num_waits = len({block.source for block in blocks}) + len(blocks)
+        return (num_waits + 1) * self.link.channel.timeout.total_seconds()
 
     def _blocks(self, id: int) -> list[Message]:
         rank = self.link.channel.rank

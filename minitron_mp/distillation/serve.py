@@ -29,8 +29,11 @@ class SignalSender(Protocol):
     def make_room(self, count: int = 1) -> None:
         """Wait until `count` more microbatches may be sent."""
 
-    def send(self, id: int, signal: Tensor) -> None:
-        """Send this rank's part [s', b, n'] of a microbatch."""
+    def send(self, id: int, signal: Tensor, computed: torch.cuda.Event | None = None) -> None:
+        """Send this rank's part [s', b, n'] of a microbatch.
+
+        computed: event after the computation of the signal. Default: all issued work.
+        """
 
     def end(self, first: int, last: int) -> None:
         """Announce that microbatches [first, last) are not sent."""
@@ -112,6 +115,7 @@ def serve_signals(
     capture = teacher.capture()
     block_size = min(teacher.window, world.parallel.pp) * dp.size()  # fills each replica's pipeline
     limit: int | None = None
+    outbox = _Outbox(sender, teacher.window, world.device)
     for start in range(0, len(ids), block_size):
         if teacher.stream_end is not None and limit is None:
             limit = teacher.stream_end.limit(ids[start], world.preemption)
@@ -119,17 +123,54 @@ def serve_signals(
         served = [id for id in block if id % dp.size() == dp.rank() and (limit is None or id < limit)]
         if not served:
             continue
-        if sender is not None:
-            sender.make_room(len(served))
+        outbox.make_room(len(served))
         signals = _signals(teacher, capture, [batch_of(id) for id in served])
-        if sender is not None:
-            for id, signal in zip(served, signals):
-                sender.send(id, signal)
+        outbox.add(served, signals)
         progress(len(served))
+    outbox.send()
     if sender is not None:
         if limit is not None and limit <= ids[-1]:
             sender.end(limit, ids[-1] + 1)
         sender.finish()
+
+
+class _Outbox:
+    """Signals whose forward pass is issued, but which are not sent yet.
+
+    The host waits for a signal before it sends it. So it first issues the next forward pass, and the
+    GPU does not idle meanwhile. The teacher is ahead of its sends by one block of microbatches, if
+    the window has room for two.
+    """
+
+    def __init__(self, sender: SignalSender | None, window: int, device: torch.device):
+        self.sender, self.window, self.device = sender, window, device
+        self.signals: list[tuple[int, Tensor]] = []
+        self.computed: torch.cuda.Event | None = None
+
+    def make_room(self, count: int) -> None:
+        """Wait until the window has room for `count` more microbatches beside those that wait here.
+
+        Students consume all sent microbatches without those that wait here, so the wait ends.
+        """
+        if len(self.signals) + count > self.window:
+            self.send()
+        if self.sender is not None:
+            self.sender.make_room(len(self.signals) + count)
+
+    def add(self, ids: Sequence[int], signals: Sequence[Tensor]) -> None:
+        """Send the signals of the last block, and keep those of this one."""
+        event = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
+        self.send()
+        if self.sender is not None:
+            self.signals = list(zip(ids, signals, strict=True))
+            self.computed = event
+
+    def send(self) -> None:
+        """Send the signals that wait here."""
+        if self.sender is not None:
+            for id, signal in self.signals:
+                self.sender.send(id, signal, self.computed)
+        self.signals = []
 
 
 def _signals(

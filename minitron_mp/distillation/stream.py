@@ -152,10 +152,11 @@ class Sender:
         while len(self.in_flight) > self.link.window - count:
             self._wait_for_oldest()
 
-    def send(self, id: int, signal: Tensor) -> None:
+    def send(self, id: int, signal: Tensor, computed: torch.cuda.Event | None = None) -> None:
         """Send this rank's part [s', b, n'] of a microbatch.
 
-        The signal must stay unchanged until its credits have arrived.
+        The signal must stay unchanged until its credits have arrived. computed: event after the
+        computation of the signal. Default: the work that this thread has issued.
         """
         link, channel = self.link, self.link.channel
         assert len(self.in_flight) < link.window, "call make_room() first"
@@ -169,13 +170,13 @@ class Sender:
         # Announce a signal only after it is computed. The announcement makes the student post its
         # receive. An NCCL kernel that waits for this rank's forward pass would take multiprocessors
         # from the student's work.
-        channel.synchronize()
+        channel.synchronize(computed)
         for target in dict.fromkeys(block.target for block in blocks):
             number, credit = torch.tensor([id]), torch.empty(1, dtype=torch.int64)
             with link.naming(target, f"did not take microbatch {id}"):
                 sent.works.append((target, channel.control.send([number], target, ANNOUNCE), number))
                 sent.credits[target] = channel.control.recv([credit], target, CREDIT), credit
-        with channel.transfer_stream():
+        with channel.transfer_stream(behind_current=False):
             channel.record_stream(signal)
             for block in blocks:
                 part = signal[block.source_rows, :, block.source_columns].contiguous()
@@ -243,11 +244,16 @@ class Senders:
         for sender, _ in self.parts:
             sender.make_room(count)
 
-    def send(self, id: int, signal: Tensor) -> None:
-        """Send this rank's part [s', b, width x all blocks] of a microbatch."""
+    def send(self, id: int, signal: Tensor, computed: torch.cuda.Event | None = None) -> None:
+        """Send this rank's part [s', b, width x all blocks] of a microbatch; see Sender.send()."""
         blocks = signal.split(self.width, -1)
         for sender, numbers in self.parts:
-            sender.send(id, torch.cat([blocks[number] for number in numbers], -1))
+            channel = sender.link.channel
+            channel.synchronize(computed)
+            with channel.transfer_stream(behind_current=False):
+                channel.record_stream(signal)
+                part = torch.cat([blocks[number] for number in numbers], -1)
+            sender.send(id, part, computed)
 
     def finish(self) -> None:
         for sender, _ in self.parts:

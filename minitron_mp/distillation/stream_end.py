@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from minitron_mp.distributed.preemption import Preemption
+from minitron_mp.distributed.process_groups import host_group
 from minitron_mp.distributed.role_channel import RoleChannel
 
 REQUESTED_KEY, LAST_STEP_KEY = "stream end requested", "stream end step"
@@ -72,5 +73,5 @@ class StreamEnd:
             chosen_step[0] = first // self.microbatches_per_step + 1
             store.set(LAST_STEP_KEY, str(chosen_step.item()))
         if dist.get_world_size() > 1:
-            dist.broadcast(chosen_step, src=0)
+            dist.broadcast(chosen_step, src=0, group=host_group())
         return None if chosen_step.item() < 0 else int(chosen_step.item()) * self.microbatches_per_step

@@ -1,6 +1,7 @@
 """Ranks: process groups, roles, collectives, and the start and stop of a job.
 
 world           World, join_world: layout and process groups of a rank
+process_groups  start and end of process groups; host_group for tensors in host memory
 roles           join_roles: several worlds in one job
 role_channel    RoleChannel: communication between the ranks of all roles
 job             identity of this process; require_launcher

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from minitron_mp.console import speaks
 from minitron_mp.distributed.job import STOP_FILE
 from minitron_mp.distributed.launcher import job_deadline
+from minitron_mp.distributed.process_groups import host_group
 
 OTHER_RANK = "stop requested on another rank"
 """Reason on a rank without a local stop request."""
@@ -101,7 +102,7 @@ class Preemption:
         """
         reason = self.stop_request(is_main)
         requests = torch.tensor(float(bool(reason)))
-        dist.all_reduce(requests)
+        dist.all_reduce(requests, group=host_group())
         if requests.item():
             raise Preempted(f"stopped {where} ({reason or OTHER_RANK})")
 

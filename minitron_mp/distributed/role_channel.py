@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from minitron_mp.distributed.launcher import JobRank
+from minitron_mp.distributed.process_groups import abort_groups
 from minitron_mp.errors import OtherRankError
 
 POLL_S = 0.05
@@ -72,9 +73,11 @@ class RoleChannel:
             self.side_stream.wait_stream(torch.cuda.current_stream(self.device))
         return torch.cuda.stream(self.side_stream)
 
-    def synchronize(self) -> None:
-        """Wait on the host for the work that was issued on the current stream."""
-        if self.device.type == "cuda":
+    def synchronize(self, event: torch.cuda.Event | None = None) -> None:
+        """Wait on the host for an event. Default: the work that was issued on the current stream."""
+        if event is not None:
+            event.synchronize()
+        elif self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
     def record_stream(self, tensor: torch.Tensor) -> None:
@@ -92,9 +95,16 @@ class RoleChannel:
         Otherwise the process could not end while a GPU kernel waits for a dead rank.
         """
         if self.device.type == "cuda":
-            with suppress(Exception):
-                self.data.abort()
-                dist.distributed_c10d._abort_process_group()
+            abort_groups(self.device, [self.data])
+
+    def shutdown(self) -> None:
+        """Shut the groups down. All ranks of the job call it after the last transfer.
+
+        Without it a group of NCCL ends when Python collects it, at another time on each rank, and
+        waits there for the other ranks of the node.
+        """
+        self.data.shutdown()
+        self.control.shutdown()
 
     def report_failure(self, reason: str) -> str:
         """Write the reason of a failure, unless the store has one; return the stored reason."""

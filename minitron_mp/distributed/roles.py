@@ -9,8 +9,7 @@ own prefix.
 from __future__ import annotations
 
 import dataclasses
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -21,8 +20,9 @@ import torch.distributed as dist
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.distributed import launcher
 from minitron_mp.distributed.launcher import JobRank, fresh_prefix, local_device
+from minitron_mp.distributed.process_groups import init_default_group, within
 from minitron_mp.distributed.role_channel import RoleChannel
-from minitron_mp.distributed.world import World, build_groups, init_default_group, leave_groups
+from minitron_mp.distributed.world import World, build_groups, leave_job
 from minitron_mp.errors import InputError, OtherRankError
 
 REPORT_S = 30.0
@@ -59,39 +59,28 @@ def join_roles(
     role_store = dist.PrefixStore(f"role/{role}", job.store)
     init_default_group(device, JobRank(role_store, role_rank, len(spans[role])), timeout_minutes)
     channel: RoleChannel | None = None
+    is_failed = True
     try:
         channel = _open_channel(role, job, spans, device, timedelta(seconds=stream_timeout_s))
         world = build_groups(layouts[role][1], device, seed, timeout_minutes)
         yield dataclasses.replace(world, role=role, channel=channel)
         channel.barrier("end")  # no rank may destroy groups that another rank still uses
+        channel.shutdown()
+        is_failed = False
     except Exception as error:
         if channel is None:
             raise
         # A RuntimeError may come from a collective that broke because another rank failed. That
         # rank may not have reported its reason yet.
         text = f"{role} rank {role_rank}: {error}"
-        _within(REPORT_S, partial(channel.failure, REASON_WAIT_S if isinstance(error, RuntimeError) else 0.0))
+        within(REPORT_S, partial(channel.failure, REASON_WAIT_S if isinstance(error, RuntimeError) else 0.0))
         channel.abort()
-        reason = _within(REPORT_S, partial(channel.report_failure, text)) or text
+        reason = within(REPORT_S, partial(channel.report_failure, text)) or text
         if str(error) in reason:
             raise
         raise (OtherRankError if isinstance(error, InputError) else RuntimeError)(reason) from error
     finally:
-        leave_groups()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def _within(seconds: float, action: Callable[[], str | None]) -> str | None:
-    """Return the result of an action; None if it does not end in time.
-
-    A store whose process is suspended never answers.
-    """
-    results: list[str | None] = []
-    thread = threading.Thread(target=lambda: results.append(action()), daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return results[0] if results else None
+        leave_job(device, is_failed=is_failed)
 
 
 def _spans(layouts: Mapping[str, tuple[int, ParallelConfig]], job_size: int) -> dict[str, range]:

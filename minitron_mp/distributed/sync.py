@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import TypeVar, cast
 
-import torch
 import torch.distributed as dist
 
+from minitron_mp.distributed.process_groups import host_barrier, host_group, timeout_of
 from minitron_mp.errors import InputError, OtherRankError, os_error_text
 
 T = TypeVar("T")
@@ -31,7 +31,8 @@ def raise_on_all_ranks(error: Exception | None) -> None:
     if dist.get_world_size() == 1 and error is None:
         return
     texts: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(texts, None if error is None else f"rank {dist.get_rank()}: {error}")
+    text = None if error is None else f"rank {dist.get_rank()}: {error}"
+    dist.all_gather_object(texts, text, group=host_group())
     if error is not None:
         raise error
     failed = [text for text in texts if text]
@@ -61,7 +62,7 @@ def on_rank_0(action: Callable[[], T], *, takes_long: bool = False) -> T:
     if waits:
         _wait_for_rank_0()
     message = [result, None if failure is None else str(failure)]
-    dist.broadcast_object_list(message, src=0)
+    dist.broadcast_object_list(message, src=0, group=host_group())
     if failure is not None:
         raise failure
     if message[1] is not None:
@@ -99,8 +100,8 @@ def _wait_for_rank_0() -> None:
     if dist.get_rank() == 0:
         store.set(DONE, "")
     else:
-        _Wait(store).join(_collective_timeout_s())
-    dist.barrier()
+        _Wait(store).join(timeout_of(host_group()).total_seconds())
+    host_barrier()
     if dist.get_rank() == 0:
         store.delete_key(DONE)
 
@@ -140,9 +141,3 @@ class _Wait:
         except Exception as error:  # the store is lost
             self.error = error
         self.ended.set()
-
-
-def _collective_timeout_s() -> float:
-    """Return the timeout of collectives on the CPU, in seconds."""
-    backend = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
-    return float(backend.options._timeout.total_seconds())

@@ -8,9 +8,8 @@ Megatron-Core calls collectives on that group in its optimizer and in its checkp
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,9 +20,15 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.distributed import launcher
 from minitron_mp.distributed.cpu_backend import install
-from minitron_mp.distributed.job import raise_open_file_limit
-from minitron_mp.distributed.launcher import JobRank, local_device
+from minitron_mp.distributed.launcher import local_device
 from minitron_mp.distributed.preemption import Preemption
+from minitron_mp.distributed.process_groups import (
+    all_groups,
+    connect,
+    end_default_group,
+    end_groups,
+    init_default_group,
+)
 from minitron_mp.distributed.role_channel import RoleChannel
 from minitron_mp.errors import InputError
 
@@ -94,17 +99,46 @@ def join_world(parallel: ParallelConfig, *, seed: int, timeout_minutes: float = 
     """Join torchrun's job, or a job of one process, and yield the world of this rank.
 
     It uses a GPU if the machine has one, else the CPU with gloo. If the process already has a
-    default process group (a NeMo recipe, a test), that group is used and is not destroyed.
+    default process group (a NeMo recipe, a test), that group is used. It is not destroyed, nor are
+    other groups that existed before, and Megatron-Core's parallel_state is restored at the end.
     timeout_minutes: timeout of the collectives.
     """
-    owns_group = not dist.is_initialized()
-    device = start_job(timeout_minutes) if owns_group else local_device()
+    owns_default = not dist.is_initialized()
+    device = start_job(timeout_minutes) if owns_default else local_device()
+    earlier = all_groups()
+    is_failed = True
+    with nullcontext() if owns_default else _own_parallel_state():
+        try:
+            try:
+                world = build_groups(parallel, device, seed, timeout_minutes)
+            finally:
+                made = [group for group in all_groups() if group not in earlier]
+            yield world
+            is_failed = False
+        finally:
+            if owns_default:
+                leave_job(device, is_failed=is_failed)
+            else:
+                end_groups(made, device, is_failed=is_failed)
+
+
+@contextmanager
+def _own_parallel_state() -> Iterator[None]:
+    """Give Megatron-Core's parallel_state an empty state in this context, and then its earlier one.
+
+    So a NeMo recipe finds its groups as before.
+    """
+    earlier = {
+        name: value
+        for name, value in vars(parallel_state).items()
+        if name.startswith("_") and not name.startswith("__") and not callable(value)
+    }
+    empty: dict[str, Any] = {name: {} if isinstance(value, dict) else None for name, value in earlier.items()}
+    vars(parallel_state).update(empty)
     try:
-        yield build_groups(parallel, device, seed, timeout_minutes)
+        yield
     finally:
-        leave_groups()
-        if owns_group and dist.is_initialized():
-            dist.destroy_process_group()
+        vars(parallel_state).update(earlier)
 
 
 def start_job(timeout_minutes: float = 30) -> torch.device:
@@ -112,26 +146,6 @@ def start_job(timeout_minutes: float = 30) -> torch.device:
     device = local_device()
     init_default_group(device, launcher.job_rank().with_fresh_keys(), timeout_minutes)
     return device
-
-
-def init_default_group(device: torch.device, job: JobRank, timeout_minutes: float) -> None:
-    """Make the default process group from a rank, a world size and a store."""
-    raise_open_file_limit()
-    timeout = timedelta(minutes=timeout_minutes)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        # Gloo is needed beside NCCL, because small host values (free space, errors) are reduced on
-        # the CPU.
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl",
-            store=job.store,
-            rank=job.rank,
-            world_size=job.size,
-            timeout=timeout,
-            device_id=device,
-        )
-    else:
-        dist.init_process_group("gloo", store=job.store, rank=job.rank, world_size=job.size, timeout=timeout)
 
 
 def build_groups(
@@ -151,7 +165,7 @@ def build_groups(
             "parallel.*"
         )
     if parallel_state.is_initialized():
-        leave_groups()
+        parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
@@ -160,31 +174,19 @@ def build_groups(
         distributed_timeout_minutes=timeout_minutes,
         create_gloo_process_groups=False,  # a second set of groups on the CPU, which is not used
     )
-    # new_group returns when this rank has connected. A rank that fails or finishes soon after would
-    # close its sockets while other ranks still connect. Those would report that, not the cause.
-    dist.barrier()
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    connect([groups.tp, groups.cp, groups.pp, groups.dp, groups.dp_cp, groups.mp], device)
     seed_all(seed)
-    return World(parallel, ProcessGroupCollection.use_mpu_process_groups(), device)
+    return World(parallel, groups, device)
 
 
-def leave_groups() -> None:
-    """Destroy the groups of build_groups().
+def leave_job(device: torch.device, *, is_failed: bool = False) -> None:
+    """Destroy all process groups of this process; abort those of NCCL if this rank has failed.
 
-    Megatron only deletes its references, so threads and sockets of the groups would remain.
+    Megatron only deletes its references, so threads and sockets of its groups would remain.
     """
-    groups: set[dist.ProcessGroup] = set()
-    for value in list(vars(parallel_state).values()):
-        if isinstance(value, dict):
-            members = list(value.values())
-        elif isinstance(value, (list, tuple)):
-            members = list(value)
-        else:
-            members = [value]
-        groups |= {member for member in members if isinstance(member, dist.ProcessGroup)}
     parallel_state.destroy_model_parallel()
-    for group in groups - {dist.group.WORLD}:
-        with suppress(ValueError):  # already destroyed, by Megatron or through a second name
-            dist.destroy_process_group(group)
+    end_default_group(device, is_failed=is_failed)
 
 
 def seed_all(seed: int, *, cuda_graphs: bool = False) -> None:

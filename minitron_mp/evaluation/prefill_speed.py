@@ -16,6 +16,7 @@ import torch.distributed as dist
 from pydantic import BaseModel
 
 from minitron_mp.distributed.batch import Batch
+from minitron_mp.distributed.process_groups import host_barrier
 from minitron_mp.distributed.world import World
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.sharded_model import ShardedModel
@@ -128,7 +129,7 @@ def timed(model: ShardedModel, batches: list[Batch]) -> float:
     """Run one forward pass and return its seconds on the slowest rank. All ranks must call this."""
     world = model.world
     _synchronize(world)
-    dist.barrier()
+    host_barrier()
     start = time.perf_counter()
     model.forward(batches)
     _synchronize(world)

@@ -14,6 +14,7 @@ from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.training import CorrectionConfig
 from minitron_mp.distillation.teacher import Teacher
 from minitron_mp.distributed.batch import Batch
+from minitron_mp.distributed.process_groups import host_group
 from minitron_mp.distributed.sync import on_rank_0
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import refuse
@@ -134,7 +135,7 @@ def _check_sizes(sizes: list[int], settings: DistillConfig | CorrectionConfig, w
     sizes: samples of each microbatch of a step on this rank. Reached by all ranks.
     """
     by_rank: list[list[int]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(by_rank, sizes)
+    dist.all_gather_object(by_rank, sizes, group=host_group())
     dp = world.groups.dp.size()
     problems = []
     others = sorted({size for rank in by_rank for size in rank} - {settings.micro_batch_size})

@@ -87,6 +87,15 @@ def metrics_line(metrics: StepMetrics, spike_over: float | None = None) -> str:
     return json.dumps({**metrics.values(), **spike, "time": time.time()})
 
 
+BOARD_FLUSH_S = 1
+"""Seconds after which a thread of TensorBoard writes its points to disk. A kill loses the points of
+this time, and a resumed run does not repeat those from before its checkpoint. A flush after each step
+would keep the other ranks waiting in the next collective."""
+
+BOARD_QUEUE = 10_000
+"""Points that wait for that thread before a step waits for it."""
+
+
 class MetricsLog:
     """Context manager that yields the writer of metrics.jsonl and TensorBoard scalars, on rank 0.
 
@@ -109,7 +118,12 @@ class MetricsLog:
             self.spikes = SpikeWatch(json.loads(line).get("loss", math.nan) for line in kept)
             write_text(self.path, "".join(kept))
             self.file = self.path.open("a", buffering=1, encoding="utf-8")
-            self.board = SummaryWriter(str(self.board_folder), purge_step=self.first_step + 1)
+            self.board = SummaryWriter(
+                str(self.board_folder),
+                purge_step=self.first_step + 1,
+                max_queue=BOARD_QUEUE,
+                flush_secs=BOARD_FLUSH_S,
+            )
         return self._write
 
     def _lines_to_keep(self) -> list[str]:
@@ -137,9 +151,6 @@ class MetricsLog:
             for name, value in metrics.values().items():
                 if name != "step":
                     self.board.add_scalar(f"{self.name}/{name}", value, metrics.step)
-            # Without a flush a kill would lose up to two minutes of points. A resumed run does not
-            # repeat points from before its checkpoint.
-            self.board.flush()
         except OSError as error:
             raise InputError(
                 f"{self.path} or {self.board_folder} cannot be written: {os_error_text(error)}"

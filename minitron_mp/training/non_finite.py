@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from minitron_mp.artifacts.checkpoint import model_state
 from minitron_mp.artifacts.optimizer_state import local_piece, parameters_of, sharded_by_parameter
+from minitron_mp.distributed.process_groups import host_group
 from minitron_mp.distributed.world import World
 from minitron_mp.models.parameters import EMBEDDING, split_key
 from minitron_mp.training.optimizer import TrainableModel
@@ -75,7 +76,7 @@ def describe(trainable: TrainableModel, losses: Mapping[str, float], world: Worl
         _last_gradients(trainable),
     )
     reports: list[_RankReport | None] = [None] * world.size
-    dist.all_gather_object(reports, local)
+    dist.all_gather_object(reports, local, group=host_group())
     found = [report for report in reports if report is not None]
     parts = [part for part in (_loss_text(found), _gradient_text(found)) if part]
     return "; ".join(parts) or "every gradient is finite, but the sum of their squares overflows float32"

@@ -153,8 +153,10 @@ class TrainingRun:
         Diverged on all ranks when too many steps in a row have no update.
         """
         lr = self.trainable.next_lr()
+        num_non_finite = self._count_non_finite_losses()
         grad_norm = self.trainable.gradient_norm()
-        skipped_because = "" if self._is_finite(grad_norm) else self._describe_skip()
+        is_finite = math.isfinite(grad_norm) and num_non_finite.item() == 0  # both equal on all ranks
+        skipped_because = "" if is_finite else self._describe_skip()
         if not skipped_because:
             self.trainable.apply(grad_norm)
         self._end_step(lr, grad_norm, is_skipped=bool(skipped_because))
@@ -167,16 +169,17 @@ class TrainingRun:
         if interval and self.steps_done % interval == 0:
             gc.collect()
 
-    def _is_finite(self, grad_norm: float) -> bool:
-        """Return whether gradients and losses of the step are finite; equal on all ranks."""
-        if not math.isfinite(grad_norm):  # it is equal on all ranks
-            return False
+    def _count_non_finite_losses(self) -> torch.Tensor:
+        """Return the number of ranks on which a loss of the step is not finite, on the device.
+
+        It is issued before the gradient norm, for which the host waits. So the host waits once.
+        """
         finite = self.loss.sums.isfinite().all()
         if self.hidden_states is not None:
             finite = finite & self.hidden_states.is_finite()
         count = (~finite).float()
         dist.all_reduce(count)
-        return count.item() == 0
+        return count
 
     def _describe_skip(self) -> str:
         loss, divergence, cross_entropy, _ = self.loss.sums.tolist()

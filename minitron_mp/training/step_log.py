@@ -195,7 +195,7 @@ class StepLog:
             float(traffic.num_bytes),
             float(status.traffic is not None),
         ]
-        totals = torch.cat([sums.flatten(), sums.new_tensor([*flags, *memory, *forward_s])])
+        totals = torch.cat([sums.flatten(), _on_device([*flags, *memory, *forward_s], sums)])
         dist.all_reduce(totals)
         values, columns, split = totals.tolist(), sums.shape[1], sums.numel()
         rows = [values[i : i + columns] for i in range(0, split, columns)]
@@ -211,6 +211,15 @@ class StepLog:
             peak_memory_gib=max(lists[: world.size]),
             forward_s=lists[world.size :],
         )
+
+
+def _on_device(values: Sequence[float], like: Tensor) -> Tensor:
+    """Return values in the dtype and on the device of a tensor, without waiting for the device.
+
+    A copy from memory that is not pinned waits for it.
+    """
+    on_host = torch.tensor(values, dtype=like.dtype, pin_memory=like.is_cuda)
+    return on_host.to(like.device, non_blocking=True)
 
 
 def _metrics(

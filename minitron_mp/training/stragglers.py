@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 
 from minitron_mp.console import say
+from minitron_mp.distributed.process_groups import host_group
 from minitron_mp.distributed.world import World
 
 MIN_EXCESS_S = 0.05
@@ -126,7 +127,7 @@ class StragglerWatch:
             return
         self.last = slowest.rank, step
         nodes: list[str] = [""] * self.world.size
-        dist.all_gather_object(nodes, socket.gethostname())
+        dist.all_gather_object(nodes, socket.gethostname(), group=host_group())
         say(
             f"{self.name}: slow rank: {self.world.coordinates_of(slowest.rank)} on {nodes[slowest.rank]}: "
             f"its forward passes take {slowest.forward_s:.3f} s per step at step {step}, the median of its "

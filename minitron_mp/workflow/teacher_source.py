@@ -21,6 +21,7 @@ from minitron_mp.distillation.serve import ServedTeacher, SignalSender, serve_si
 from minitron_mp.distillation.stream import Sender, Senders
 from minitron_mp.distillation.stream_end import StreamEnd
 from minitron_mp.distillation.stream_layout import Grid
+from minitron_mp.distillation.stream_pairs import connect_pairs
 from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher
 from minitron_mp.distillation.teacher_head import load_head
 from minitron_mp.distributed.batch import Batch
@@ -73,6 +74,7 @@ def _streamed_teacher(context: StageContext, first_step: int, pairs: LayerPairs 
     copies = "1 copy" if link.teacher.dp == 1 else f"{link.teacher.dp} copies"
     say(f"distill: {copies} of the teacher, from job rank {link.teacher.first} on")
     blocks = pairs.blocks(recipe.parallel) if pairs else {recipe.parallel.pp - 1: [0]}
+    connect_pairs(link, blocks)
     stage_link = link.to_stages(blocks).get(world.groups.pp.rank())
     receiver, head = None, _head(context)
     held_out = receive_held_out(context, link, head)
@@ -132,13 +134,11 @@ def serve_students(context: StageContext) -> None:
     start = handshake(context, link, 0)
     context = replace(context, manifest=context.manifest.model_copy(update={"changes": start.changes}))
     pairs = _layer_pairs(context)
+    blocks = pairs.blocks(context.recipe.parallel) if pairs else {}
+    connect_pairs(link, blocks)
     sender: SignalSender | None = None
     if context.world.is_last_stage:
-        blocks = pairs.blocks(context.recipe.parallel) if pairs else None
-        if blocks is None:
-            sender = Sender(link)
-        else:
-            sender = Senders(link.to_stages(blocks), blocks, link.shape.width)
+        sender = Senders(link.to_stages(blocks), blocks, link.shape.width) if blocks else Sender(link)
     teacher = load_served_teacher(context, link.window, pairs, stream_end(context, link))
     serve_held_out(context, teacher, link)
     log_fp8_teacher_kl(context, teacher.model)

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from bridge_shims import on_cpu
 from megatron.bridge import AutoBridge
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from teacher_stream_workers import joined_roles, make_link
 
@@ -40,7 +41,8 @@ from minitron_mp.distillation.stream import Sender
 from minitron_mp.distillation.stream_layout import StreamShape
 from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher
 from minitron_mp.distillation.teacher_head import load_head
-from minitron_mp.distributed.world import World, join_world, leave_groups
+from minitron_mp.distributed.process_groups import all_groups, end_groups
+from minitron_mp.distributed.world import World, join_world
 from minitron_mp.errors import InputError
 from minitron_mp.integrations.megatron_bridge import (
     KDForwardStep,
@@ -272,7 +274,9 @@ def pretrain(
     losses = Losses()
     pretrain(cfg, step, callbacks=[step, losses])
     if teacher is None:
-        leave_groups()
+        parallel_state.destroy_model_parallel()
+        made = [group for group in all_groups() if group is not dist.group.WORLD]
+        end_groups(made, torch.device("cpu"), is_failed=False)
         assert step.teacher.chunk is None, "the teacher is given back at the end"
     return (losses.rows, step.seen) if spy else losses.rows
 

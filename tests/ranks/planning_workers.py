@@ -21,7 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.training import TrainingConfig
-from minitron_mp.distributed.world import World, build_groups, leave_groups
+from minitron_mp.distributed.world import World, build_groups, leave_job
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import ModelOptions, build_model
 from minitron_mp.training.loop import take_step
@@ -38,8 +38,7 @@ def alone(p: ParallelConfig, rank: int = 0, dp: int = 1) -> Iterator[World]:
     try:
         yield build_groups(p, torch.device("cpu"), 1)
     finally:
-        leave_groups()
-        dist.destroy_process_group()
+        leave_job(torch.device("cpu"))
 
 
 def parameters(cases: list[tuple[Arch, ParallelConfig]]) -> list[list[tuple[int, int]]]:

@@ -8,7 +8,9 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -22,10 +24,12 @@ from torch import Tensor
 from training_workers import Runner
 
 from minitron_mp.config.parallel import ParallelConfig
+from minitron_mp.distillation import serve
 from minitron_mp.distillation.receiver import Receiver, _Ended
 from minitron_mp.distillation.serve import ServedTeacher, serve_signals
 from minitron_mp.distillation.stream import Link, Sender, StreamError
 from minitron_mp.distillation.stream_layout import Grid, StreamShape, columns_of, rows_of
+from minitron_mp.distillation.stream_pairs import connect_pairs
 from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher
 from minitron_mp.distillation.teacher_head import load_head
 from minitron_mp.distributed.launcher import JobRank, fresh_prefix
@@ -271,6 +275,90 @@ def ends_early(
         assert isinstance(receiver.failure, _Ended)
         assert not receiver.arrived
         return last
+
+
+def connected(roles: Roles, shape: StreamShape, absent: str = "") -> str:
+    """Connect the pairs of a stream; return the error, "" without one.
+
+    absent: role whose first rank does not take part.
+    """
+    with joined_roles(roles) as world:
+        link = make_link(world, roles, shape, 3)
+        if absent:
+            world.channel.timeout = timedelta(seconds=0.3)
+        if world.role == absent and dist.get_rank() == 0:
+            world.channel.store.wait(["absence is over"])
+            return ""
+        text = ""
+        try:
+            connect_pairs(link)
+        except StreamError as error:
+            text = str(error)
+        if absent:  # so that the roles part as if nothing had been
+            world.channel.store.delete_key("failed")
+            world.channel.store.set("absence is over", "")
+        return text
+
+
+def silent_transfer(roles: Roles, shape: StreamShape) -> str:
+    """Return the error of a student whose thread is in a call that does not return."""
+    with joined_roles(roles) as world:
+        link = make_link(world, roles, shape, 3)
+        if world.role == "teacher":
+            world.channel.store.wait(["the transfer has failed"])
+            return ""
+        world.channel.timeout = timedelta(seconds=0.3)
+        text = ""
+        with patch.object(Receiver, "_receive", lambda receiver, id: time.sleep(2)):
+            receiver = Receiver(link, link.students[0], [0], world.device)
+            try:
+                receiver.get(0)
+            except StreamError as error:
+                text = str(error)
+            receiver.close()
+        world.channel.store.delete_key("failed")
+        world.channel.store.set("the transfer has failed", "")
+        return text
+
+
+def order_of_work(*, window: int, pp: int, count: int) -> list[str]:
+    """Return the forward passes and sends of a teacher with `count` microbatches, in their order."""
+    order: list[str] = []
+
+    class Recorder:
+        """Consumes each signal at the next make_room()."""
+
+        in_flight = 0
+
+        def make_room(self, count: int = 1) -> None:
+            assert count <= window
+            self.in_flight = min(self.in_flight, window - count)
+
+        def send(self, id: int, signal: Tensor, computed: Any = None) -> None:
+            self.in_flight += 1
+            assert self.in_flight <= window
+            order.append(f"send {id}")
+
+        def end(self, first: int, last: int) -> None: ...
+
+        def finish(self) -> None:
+            order.append("finish")
+
+    def signals(teacher: Any, capture: Any, batches: list[int]) -> list[Tensor]:
+        order.extend(f"forward {id}" for id in batches)
+        return [torch.zeros(1) for _ in batches]
+
+    one = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    world = SimpleNamespace(
+        groups=SimpleNamespace(dp=one),
+        parallel=ParallelConfig(pp=pp),
+        device=torch.device("cpu"),
+        preemption=None,
+    )
+    served = ServedTeacher(SimpleNamespace(world=world), None, window)
+    with patch.object(serve, "_signals", signals):
+        serve_signals(served, Recorder(), lambda id: id, range(count))
+    return order
 
 
 def wrong_credit(roles: Roles, shape: StreamShape) -> str:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import ARCHS, BY_NAME, RESUME_AT, Layout
 from pool import Pool, RankError
-from teacher_stream_workers import local_signal
+from teacher_stream_workers import local_signal, order_of_work
 
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.recipe import make_recipe
@@ -133,6 +133,37 @@ def test_received_signals_equal_sent_signals(results, ranks, name, pair, window)
     )
     sent, received = (sum(rank["bytes"] for rank in found if key in rank) for key in ("in flight", "wrong"))
     assert sent == received > 0
+
+
+@pytest.mark.parametrize("pair", ["tp2-to-dp2", "dp2-to-cp2", "dp3-to-one"])
+def test_pairs_of_a_stream_connect_before_the_first_signal(ranks, pair):
+    roles = roles_of(pair)
+    size = sum(count for count, _ in roles.values())
+    assert ranks(size, "teacher_stream_workers.connected", roles=roles, shape=HIDDEN) == [""] * size
+
+
+def test_rank_that_does_not_connect_is_named(ranks):
+    roles = roles_of("one-to-one")
+    texts = ranks(2, "teacher_stream_workers.connected", roles=roles, shape=HIDDEN, absent="student")
+    assert texts[0] == ""
+    assert "student rank 0" in texts[1]
+    assert "did not connect for the signals of the teacher" in texts[1]
+
+
+def test_transfer_that_never_returns_ends_at_a_limit(ranks):
+    texts = ranks(2, "teacher_stream_workers.silent_transfer", roles=roles_of("one-to-one"), shape=HIDDEN)
+    assert re.search(r"teacher rank 0 .*did not send microbatch 0 in 1 s", texts[0]), texts
+
+
+def test_teacher_issues_the_next_forward_pass_before_it_sends():
+    """One block ahead if the window has room for two blocks, else it sends first."""
+    ahead = order_of_work(window=2, pp=1, count=3)
+    assert ahead == ["forward 0", "forward 1", "send 0", "forward 2", "send 1", "send 2", "finish"]
+    one = order_of_work(window=1, pp=1, count=2)
+    assert one == ["forward 0", "send 0", "forward 1", "send 1", "finish"]
+    pipeline = order_of_work(window=2, pp=2, count=4)
+    first = ["forward 0", "forward 1", "send 0", "send 1"]
+    assert pipeline == [*first, "forward 2", "forward 3", "send 2", "send 3", "finish"]
 
 
 def test_window_holds_for_a_thousand_microbatches(ranks):

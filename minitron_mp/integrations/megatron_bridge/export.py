@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from minitron_mp.distributed.process_groups import host_barrier
 from minitron_mp.integrations.megatron_bridge.model import auto_bridge, bare_model
 from minitron_mp.models.hf_writer import copy_assets, write_weights
 
@@ -40,4 +41,4 @@ def export_student(
         )
     for _ in tensors:  # the export is collective, so the other ranks iterate to the end
         pass
-    dist.barrier()
+    host_barrier()

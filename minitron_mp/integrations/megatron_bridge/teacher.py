@@ -16,6 +16,7 @@ from torch import Tensor
 from minitron_mp.artifacts.saved_model import load_model, saved_arch
 from minitron_mp.distillation.teacher import Teacher, TeacherSignal
 from minitron_mp.distributed.batch import Batch
+from minitron_mp.distributed.process_groups import host_group
 from minitron_mp.distributed.world import World
 from minitron_mp.losses.objective import TeacherHidden, TeacherTarget
 from minitron_mp.models.arch import Arch
@@ -77,7 +78,8 @@ class ColocatedTeacher:
         model = load_model(self.folder, world, sequence_length=sequence_length, precision=self.precision)
         (self.chunk,) = model.freeze().chunks
         pipeline_of_rank: list[list[int]] = [[]] * dist.get_world_size()
-        dist.all_gather_object(pipeline_of_rank, dist.get_process_group_ranks(world.groups.pp))
+        pipeline = dist.get_process_group_ranks(world.groups.pp)
+        dist.all_gather_object(pipeline_of_rank, pipeline, group=host_group())
         pipelines = sorted({tuple(ranks) for ranks in pipeline_of_rank}) if world.parallel.pp > 1 else []
         for ranks in pipelines:  # every rank has to create all groups
             group = dist.new_group(list(ranks))
