@@ -12,13 +12,6 @@ from machine import versions
 
 import minitron_mp
 
-OPTIONAL = {
-    "minitron_mp.megatron_bridge": "megatron-bridge",
-    "minitron_mp.losses.kernels": "triton",
-    "minitron_mp.evaluation.lm_eval": "lm-eval",
-}
-"""Modules that need an optional package at import."""
-
 
 def import_all() -> list[str]:
     """Return what could not be imported."""
