@@ -40,7 +40,8 @@ def node_stages(facts: dict[str, Any], rehearse: bool) -> list[Stage]:
     whole = {"tp": ranks, "sequence_parallel": True}
     pair = {"tp": 2, "sequence_parallel": True}
     apart = 2  # ranks of the remote teacher
-    batch = 2 * (ranks - apart) // pair["tp"]
+    replicas = (ranks - apart) // pair["tp"]  # data parallel ranks of its student
+    batch, samples = 2 * replicas, 8 * replicas  # microbatches are 2 in training and 4 elsewhere
 
     def work(what: str, *words: str) -> Words:
         return torchrun(ranks, str(HERE / "node_work.py"), what, *words)
@@ -91,7 +92,8 @@ def node_stages(facts: dict[str, Any], rehearse: bool) -> list[Stage]:
             project(
                 "remote",
                 *("teacher.ranks=2", "parallel.tp=2", "parallel.sequence_parallel=true"),
-                f"distill.global_batch_size={batch}",
+                *(f"distill.global_batch_size={batch}", f"score.num_samples={samples}"),
+                f"evaluate.num_samples={samples}",
                 ranks=ranks,
             ),
             read_project,
