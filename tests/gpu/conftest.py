@@ -33,10 +33,14 @@ def deterministic(monkeypatch) -> Iterator[None]:
     """
     monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    memory = torch.utils.deterministic
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
+        memory.fill_uninitialized_memory,
     )
     torch.use_deterministic_algorithms(True, warn_only=True)
+    memory.fill_uninitialized_memory = False  # otherwise torch.empty is full of NaN, also padding
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    memory.fill_uninitialized_memory = before[2]
