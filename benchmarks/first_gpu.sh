@@ -2,7 +2,7 @@
 # The first minutes on one GPU: 14 minutes, ordered by what they tell, each stage with a limit of its own.
 # One JSON of results, first_gpu.json, from which benchmarks/first_run/publish.py writes the docs.
 # Run it in a checkout of the repository, after `pip install '.[te]' pytest`, or in the Docker image with
-# the checkout mounted.
+# the checkout mounted. With liger-kernel installed, the loss is compared with it, too.
 #
 #   bash benchmarks/first_gpu.sh                          results in out/first_gpu
 #   bash benchmarks/first_gpu.sh --output FOLDER --minutes 10
