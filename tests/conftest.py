@@ -19,6 +19,7 @@ How a test finds what it needs:
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,17 @@ def group_of(file: str) -> str:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {group: place for place, group in enumerate(FIRST)}
     items.sort(key=lambda item: order.get(group_of(item.path.name), len(FIRST)))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Report why GPU tests were skipped. pytest prints a number only, so a missing package is silent."""
+    reasons = Counter(
+        str(report.longrepr[2]).removeprefix("Skipped: ")
+        for report in terminalreporter.stats.get("skipped", [])
+        if report.nodeid.startswith("tests/gpu/")
+    )
+    for reason, count in reasons.items():
+        terminalreporter.write_line(f"tests/gpu: {count} tests skipped: {reason}")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -12,6 +12,8 @@
 #   bash tests/run.sh --py312               layouts, checkpoints and Hugging Face folders on Python 3.12
 #                                           and Megatron-Core 0.19
 #   bash tests/run.sh --bridge              inside Megatron-Bridge, on Python 3.12
+#   bash tests/run.sh --rehearse            benchmarks/first_gpu.sh on a CPU, at tiny sizes
+#   bash tests/run.sh --rehearse-node       benchmarks/first_node.sh on 4 CPU ranks
 #   bash tests/run.sh --cluster             Slurm on this machine (needs root and apt)
 #   bash tests/run.sh --docker              the Dockerfile on a stand-in base (needs root and apt)
 #   bash tests/run.sh --readers [FOLDER]    exported students in transformers 4, llama.cpp and CTranslate2;
@@ -184,6 +186,14 @@ case ${1:-} in
     with_py312
     with_bridge
     python -m pytest -rs --durations=5 tests/ranks/test_megatron_bridge.py "${@:2}"
+    ;;
+--rehearse | --rehearse-node)
+    pinned
+    kind=gpu
+    [[ $1 == --rehearse ]] || kind=node
+    output=$(mktemp -d)
+    trap 'rm -rf "$output"' EXIT
+    PYTHON=python bash "benchmarks/first_$kind.sh" --rehearse --output "$output" "${@:2}"
     ;;
 --cluster)
     pinned

@@ -9,8 +9,6 @@ tests/ranks/test_precision.py.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
@@ -20,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from cases import microbatches
+from gpu_job import run_ranks, separate_hosts
 from tiny import make_model, make_recipe_file, make_text, read_metrics
 
 from minitron_mp.artifacts.checkpoint import load_weights, model_state, save_checkpoint
@@ -38,7 +37,6 @@ from minitron_mp.pruning.importance import score
 from minitron_mp.pruning.make_plan import make_plan
 from minitron_mp.pruning.masks import masked
 
-TESTS = Path(__file__).parents[1]
 NEEDED = {"model": "m", "output": "o"}
 FAMILIES = {
     "llama": {},
@@ -331,14 +329,13 @@ def test_fp8_loss_follows_bf16(world, tmp_path, kind):
     ],
     ids=["gradients", "moments", "both"],
 )
-def test_bf16_gradients_and_moments_follow_float32_and_resume(world, tmp_path, change, monkeypatch):
+def test_bf16_gradients_and_moments_follow_float32_and_resume(world, tmp_path, change, deterministic):
     """The loss stays within 5 % of the first loss, and the run resumes bitwise.
 
     The checkpoint has the moments in float32, and their values are those of bf16.
     """
     from megatron.core import dist_checkpointing
 
-    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
     arch = arch_of("llama")
     want = losses_of(arch, world, tmp_path / "float32", None)
     torch.cuda.reset_peak_memory_stats()
@@ -363,13 +360,12 @@ def test_bf16_gradients_and_moments_follow_float32_and_resume(world, tmp_path, c
     [{}, {"recompute": True}, {"async_save": True}, {"cuda_graphs": True}],
     ids=["stored", "recomputed", "async", "graphs"],
 )
-def test_fp8_training_resumes(world, tmp_path, kind, more, monkeypatch):
+def test_fp8_training_resumes(world, tmp_path, kind, more, deterministic):
     """Resume bitwise, with attention that adds in a fixed order.
 
     The checkpoint has the histories of delayed scaling. A background checkpoint holds the weights
     of its step, not those of later steps.
     """
-    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
     if kind:
         needs_fp8(kind)
     if "cuda_graphs" in more:
@@ -385,12 +381,11 @@ def test_fp8_training_resumes(world, tmp_path, kind, more, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [None, "tensorwise"])
-def test_cuda_graphs_match_eager_execution(world, tmp_path, kind, monkeypatch):
+def test_cuda_graphs_match_eager_execution(world, tmp_path, kind, deterministic):
     """Bitwise: same kernels, same numbers, attention that adds in a fixed order.
 
     A resumed run computes its first step without graphs.
     """
-    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
     needs_graphs()
     if kind:
         needs_fp8(kind)
@@ -407,32 +402,6 @@ def test_cuda_graphs_match_eager_execution(world, tmp_path, kind, monkeypatch):
     assert found[2] == found[1]
     assert found[3] == found[0]
     assert found[1] == found[0]
-
-
-def two_ranks(*arguments: str | Path) -> str:
-    """This file under torchrun on one GPU; what rank 0 printed."""
-    line = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        __file__,
-        *map(str, arguments),
-    ]
-    folders = [TESTS / "support", TESTS / "ranks", TESTS.parent, os.environ.get("PYTHONPATH", "")]
-    paths = os.pathsep.join(map(str, folders))
-    more = {
-        "PYTHONPATH": paths,
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-        "NCCL_SOCKET_IFNAME": "lo",
-        "NCCL_IB_DISABLE": "1",
-        "COLUMNS": "160",
-    }
-    done = subprocess.run(line, env=os.environ | more, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 TP = {"tp": 2, "sequence_parallel": True}
@@ -476,7 +445,8 @@ def test_two_ranks_match_one_rank(models, world, tmp_path, case, fp8):
     arch = arch_of("llama")
     models(arch, **LOCAL)  # writes the checkpoint
     alone = losses_from(arch, world, tmp_path / arch.family, tmp_path / "one", {"fp8": fp8})
-    said = two_ranks(
+    said = run_ranks(
+        __file__,
         "train",
         tmp_path / arch.family,
         tmp_path / "two",
@@ -496,7 +466,9 @@ def test_fp8_teacher_loads_at_another_tp(models, world, tmp_path, kind):
     arch = arch_of("llama")
     torch.save(hidden_of(models(arch), arch, world).cpu(), tmp_path / "exact.pt")
     found = json.loads(
-        two_ranks("teacher", tmp_path / arch.family, tmp_path / "exact.pt", kind).split("errors ")[1]
+        run_ranks(__file__, "teacher", tmp_path / arch.family, tmp_path / "exact.pt", kind).split("errors ")[
+            1
+        ]
     )
     print(kind, found)
     assert 0 < found["hidden"] < 0.15
@@ -535,7 +507,8 @@ def test_cuda_graphs_with_colocated_teacher(tmp_path):
     curves = []
     for on in (False, True):
         training = {"precision": "bf16", "distill": {"cuda_graphs": on}}
-        two_ranks(
+        run_ranks(
+            __file__,
             "compress",
             make_recipe_file(
                 tmp_path / f"{on}.yaml", tmp_path / "model", tmp_path / "text", tmp_path / str(on), **training
@@ -564,16 +537,15 @@ def test_remote_fp8_teacher(tmp_path):
             teacher={"fp8": "tensorwise", **teacher},
             **both,
         )
-        out = two_ranks("compress", recipe)
+        out = run_ranks(__file__, "compress", recipe)
         assert "teacher in FP8 (tensorwise): KL(bf16 || FP8)" in out
         curves[name] = [row["loss"] for row in read_metrics(tmp_path / name)]
     assert max(abs(a - b) for a, b in zip(*curves.values())) < 0.05 * curves["remote"][0]
 
 
 def main(what: str, *arguments: str) -> None:
-    """On each rank of two_ranks()."""
-    if torch.cuda.device_count() < 2:
-        os.environ["NCCL_HOSTID"] = f"rank{os.environ['RANK']}"  # or NCCL refuses two ranks on one GPU
+    """On each rank of run_ranks()."""
+    separate_hosts()
     if what == "compress":
         from minitron_mp.cli import main
 

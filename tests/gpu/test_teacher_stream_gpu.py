@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-TESTS = Path(__file__).parents[1]
+from gpu_job import run_ranks, separate_hosts
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -18,28 +14,12 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 @pytest.mark.parametrize("window", [1, 3])
 @pytest.mark.parametrize("payload", ["hidden", "logits", "topk"])
 def test_received_signals_equal_sent_signals_over_nccl(payload, window):
-    line = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        __file__,
-        payload,
-        str(window),
-    ]
-    paths = os.pathsep.join(map(str, [TESTS / "support", TESTS / "ranks", TESTS.parent]))
-    done = subprocess.run(
-        line, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=180
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "received 40, wrong []" in done.stdout
+    assert "received 40, wrong []" in run_ranks(__file__, payload, str(window), timeout_s=180)
 
 
 def main(payload: str, window: int) -> None:
     """On each rank: 40 signals with work on both sides; the student compares."""
-    os.environ["NCCL_HOSTID"] = f"rank{os.environ['RANK']}"  # or NCCL refuses two ranks on one GPU
+    separate_hosts()
     from teacher_stream_workers import whole_signal
 
     from minitron_mp.config.parallel import ParallelConfig

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
+from subprocess import CompletedProcess
 
 import pytest
 import torch
 from cases import BY_NAME, make_samples
+from forked_job import Job
 from tiny import (
     MAX_LR,
     OUTPUT,
@@ -18,7 +20,6 @@ from tiny import (
     Run,
     loss_curve,
     make_recipe_file,
-    minitron,
     names,
     read_metrics,
 )
@@ -30,9 +31,16 @@ from minitron_mp.pruning.plan import PrunePlan
 
 @pytest.fixture(scope="module")
 def two_ranks(inputs) -> Run:
-    """The same project under torchrun with tensor and sequence parallelism."""
+    """The same project on two ranks with tensor and sequence parallelism.
+
+    They are forked, with torchrun's environment. tests/run.sh --rehearse uses torchrun itself.
+    """
     recipe = make_recipe_file(inputs / "two.yaml", inputs / "model", inputs / "text", inputs / "two")
-    return Run(recipe, inputs / "two", minitron("compress", recipe, *TWO_RANKS, ranks=2))
+    words = ["compress", str(recipe), *TWO_RANKS]
+    job = Job(words, inputs / "two.log")
+    code = job.end()
+    text = job.log.read_text()
+    return Run(recipe, inputs / "two", CompletedProcess(words, code, text, text))
 
 
 def test_compress_writes_every_artifact(whole):

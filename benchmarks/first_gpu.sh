@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# The first minutes on one GPU: 14 minutes, ordered by what they tell, each stage with a limit of its own.
+# One JSON of results, first_gpu.json, from which benchmarks/first_run/publish.py writes the docs.
+# Run it in a checkout of the repository, after `pip install '.[te]' pytest`, or in the Docker image with
+# the checkout mounted. With liger-kernel installed, the loss is compared with it, too.
+#
+#   bash benchmarks/first_gpu.sh                          results in out/first_gpu
+#   bash benchmarks/first_gpu.sh --output FOLDER --minutes 10
+#   bash benchmarks/first_gpu.sh --only versions loss     some stages
+#   bash benchmarks/first_gpu.sh --list                   the stages and what each one shows
+#   bash benchmarks/first_gpu.sh --rehearse               end to end on a CPU at tiny sizes
+exec "${PYTHON:-python3}" "$(dirname "${BASH_SOURCE[0]}")/first_run/main.py" gpu "$@"
