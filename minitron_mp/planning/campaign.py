@@ -68,6 +68,8 @@ def campaign(estimate: Estimate, base: Arch, times: Times) -> list[CampaignItem]
         items.append(_item("teacher correction", correction.seconds, world, _steps_text(correction)))
     if recipe.prunes:
         items.append(_scoring(base, recipe, world, times))
+    if recipe.teacher.placement == "cached":
+        items.append(_caching(estimate, times))
     items.append(_item("distillation", distillation.seconds, world, _steps_text(distillation)))
     items.append(_validation(estimate, times))
     items.append(_evaluation(base, recipe, world, times))
@@ -170,13 +172,24 @@ def _scoring(base: Arch, recipe: Recipe, world: int, times: Times) -> CampaignIt
     return _item("scoring", seconds, world, f"{score.num_samples:,} samples, forward")
 
 
+def _caching(estimate: Estimate, times: Times) -> CampaignItem:
+    """Return the teacher's forward passes over all samples, before the distillation."""
+    recipe, case = estimate.recipe, estimate.case
+    step_s = _forward_s(case.teacher, recipe, case.microbatches, recipe.distill.micro_batch_size, times)
+    seconds = step_s * recipe.distill.steps
+    return _item(
+        "caching the teacher", seconds, case.world, f"{recipe.distill.num_samples:,} samples, forward"
+    )
+
+
 def _validation(estimate: Estimate, times: Times) -> CampaignItem:
     """Return the validations during distillation: forward passes of student, teacher and loss."""
     recipe, case = estimate.recipe, estimate.case
     d = recipe.distill
     count = d.steps // d.valid_interval if d.valid_interval else 0
     size = d.micro_batch_size
-    models = [case.student] if recipe.teacher.is_remote else [case.student, case.teacher]
+    has_teacher = recipe.teacher.placement == "colocated"
+    models = [case.student, case.teacher] if has_teacher else [case.student]
     forward_s = sum(_forward_s(arch, recipe, case.microbatches, size, times) for arch in models)
     loss_s = LOSS_FORWARD * estimate.seconds.get(LOSS, 0.0) * recipe.parallel.pp * estimate.correction
     seconds = count * d.valid_batches * (forward_s + loss_s)

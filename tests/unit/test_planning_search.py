@@ -254,6 +254,9 @@ def test_parts_of_a_run_follow_their_formulas():
     hidden = estimate_distillation(twelve_to_eight("distill.async_save=true"), times)
     saved = {item.name: item.gpu_hours for item in campaign(hidden, base, times)}["checkpoints"]
     assert saved < 0.8 * parts["checkpoints"]
+    cached = estimate_distillation(twelve_to_eight("teacher.placement=cached"), times)
+    passes = {item.name: item.gpu_hours for item in campaign(cached, base, times)}["caching the teacher"]
+    assert cached.gpu_hours + passes == pytest.approx(estimate.gpu_hours, rel=0.03)
     assert best_interval_s(join_s + write_s, 256, times) / estimate.step_s == pytest.approx(490, rel=0.03)
     slow = Times(
         GPUS["h100"].model_copy(update={"read_ms_per_sample": 2000.0}),
