@@ -40,6 +40,15 @@ class CampaignItem:
 
 
 @dataclass(frozen=True)
+class _Part:
+    """The time that a part takes the whole job."""
+
+    name: str
+    seconds: float
+    detail: str
+
+
+@dataclass(frozen=True)
 class _Run:
     """A training run of the campaign: its step, and what it saves."""
 
@@ -55,36 +64,33 @@ class _Run:
 def campaign(estimate: Estimate, base: Arch, times: Times) -> list[CampaignItem]:
     """Return the GPU-hours of all that the recipe of an estimate runs on its GPUs.
 
-    base: the model that is pruned.
+    The GPUs of a remote teacher wait while the other stages run on the student's GPUs. base: the
+    model that is pruned.
     """
-    recipe, world = estimate.recipe, estimate.case.world
+    recipe, world, ranks = estimate.recipe, estimate.case.world, estimate.case.student_ranks
     distillation = _Run(estimate.case.student, recipe.distill, estimate.step_s)
     runs = [distillation]
-    items = []
+    parts = []
     if recipe.pruning_base == "correct" and recipe.correct:
-        step_s = correction_step_s(base, recipe.correct, recipe, world, times)
+        step_s = correction_step_s(base, recipe.correct, recipe, ranks, times)
         correction = _Run(base, recipe.correct, step_s)
         runs.insert(0, correction)
-        items.append(_item("teacher correction", correction.seconds, world, _steps_text(correction)))
+        parts.append(_Part("teacher correction", correction.seconds, _steps_text(correction)))
     if recipe.prunes:
-        items.append(_scoring(base, recipe, world, times))
+        parts.append(_scoring(base, recipe, ranks, times))
     if recipe.teacher.placement == "cached":
-        items.append(_caching(estimate, times))
-    items.append(_item("distillation", distillation.seconds, world, _steps_text(distillation)))
-    items.append(_validation(estimate, times))
-    items.append(_evaluation(base, recipe, world, times))
-    items.append(_checkpoints(runs, recipe, world, times))
-    items.append(_reading(runs, recipe, world, times))
-    items.append(_restarts(runs, items, world, times))
-    return items
+        parts.append(_caching(estimate, times))
+    parts.append(_Part("distillation", distillation.seconds, _steps_text(distillation)))
+    parts.append(_validation(estimate, times))
+    parts.append(_evaluation(base, recipe, ranks, times))
+    parts.append(_checkpoints(runs, estimate, times))
+    parts.append(_reading(runs, recipe, ranks, times))
+    parts.append(_restarts(runs, parts, world, times))
+    return [CampaignItem(part.name, part.seconds * world / 3600, part.detail) for part in parts]
 
 
 def total_gpu_hours(items: Sequence[CampaignItem]) -> float:
     return sum(item.gpu_hours for item in items)
-
-
-def _item(name: str, seconds: float, world: int, detail: str) -> CampaignItem:
-    return CampaignItem(name, seconds * world / 3600, detail)
 
 
 def _steps_text(run: _Run) -> str:
@@ -92,44 +98,50 @@ def _steps_text(run: _Run) -> str:
 
 
 def correction_step_s(
-    base: Arch, training: CorrectionConfig, recipe: Recipe, world: int, times: Times
+    base: Arch, training: CorrectionConfig, recipe: Recipe, ranks: int, times: Times
 ) -> float:
     """Return the expected seconds of a step of teacher correction on all GPUs."""
-    cost = estimate_training(base, training, recipe, world, times, None)
+    cost = estimate_training(base, training, recipe, ranks, times, None)
     return sum(cost.seconds.values()) * times.correction(training.fp8 or recipe.precision)
 
 
 def correction_problem(
-    base: Arch, training: CorrectionConfig, recipe: Recipe, world: int, times: Times
+    base: Arch, training: CorrectionConfig, recipe: Recipe, ranks: int, times: Times
 ) -> str | None:
     """Return why teacher correction is impossible in the recipe's layout; None if it is possible."""
     p = recipe.parallel
-    unit = training.micro_batch_size * (world // p.model_ranks) * p.interleaved
-    if world % p.model_ranks or training.global_batch_size % unit:
-        return f"{BATCH_DIVIDES} on {world} GPUs"
-    needed = training_peak(base, training, recipe, world) / GIB
+    unit = training.micro_batch_size * (ranks // p.model_ranks) * p.interleaved
+    if ranks % p.model_ranks or training.global_batch_size % unit:
+        return f"{BATCH_DIVIDES} on {ranks} GPUs"
+    needed = training_peak(base, training, recipe, ranks) / GIB
     if needed > times.hardware.usable_gib:
         return f"it needs {needed:.1f} GiB per GPU, {times.hardware.usable_gib:.1f} GiB are available"
     return None
 
 
 def with_fitting_correction(estimate: Estimate, base: Arch, times: Times) -> Estimate | None:
-    """Return the estimate with the fastest settings of correction that fit its layout, or None.
+    """Return the estimate with the fastest settings of correction that fit its layout.
 
-    Microbatch, recomputation and, within the limits of variants.py, the batch are chosen.
+    Microbatch, recomputation and, within the limits of variants.py, the batch are chosen. None if
+    correction does not fit, or if the samples of `score` do not divide.
     """
-    recipe, world = estimate.recipe, estimate.case.world
+    recipe, ranks = estimate.recipe, estimate.case.student_ranks
+    score = recipe.score
+    if recipe.prunes and score.num_samples % (
+        score.micro_batch_size * (ranks // recipe.parallel.model_ranks)
+    ):
+        return None
     if recipe.correct is None or recipe.pruning_base != "correct":
         return estimate
     p = recipe.parallel
     found: list[tuple[float, CorrectionConfig]] = []
-    for size in MICRO_BATCH_SIZES if world % p.model_ranks == 0 else ():
-        training = dividing_batch(recipe.correct, size, world // p.model_ranks, p.interleaved)
+    for size in MICRO_BATCH_SIZES if ranks % p.model_ranks == 0 else ():
+        training = dividing_batch(recipe.correct, size, ranks // p.model_ranks, p.interleaved)
         for recompute in (False, True) if training else ():
             assert training is not None
             tried = training.model_copy(update={"recompute": recompute})
-            if not correction_problem(base, tried, recipe, world, times):
-                step_s = correction_step_s(base, tried, recipe, world, times)
+            if not correction_problem(base, tried, recipe, ranks, times):
+                step_s = correction_step_s(base, tried, recipe, ranks, times)
                 found.append((step_s * tried.steps, tried))
                 break
     if not found:
@@ -164,25 +176,23 @@ def _forward_s(arch: Arch, recipe: Recipe, micro_batches: int, size: int, times:
     return sum(parts.values()) * times.correction(recipe.precision)
 
 
-def _scoring(base: Arch, recipe: Recipe, world: int, times: Times) -> CampaignItem:
+def _scoring(base: Arch, recipe: Recipe, ranks: int, times: Times) -> _Part:
     score = recipe.score
-    replicas = max(1, world // recipe.parallel.model_ranks)
+    replicas = max(1, ranks // recipe.parallel.model_ranks)
     micro_batches = math.ceil(score.num_samples / score.micro_batch_size / replicas)
     seconds = _forward_s(base, recipe, micro_batches, score.micro_batch_size, times)
-    return _item("scoring", seconds, world, f"{score.num_samples:,} samples, forward")
+    return _Part("scoring", seconds, f"{score.num_samples:,} samples, forward")
 
 
-def _caching(estimate: Estimate, times: Times) -> CampaignItem:
+def _caching(estimate: Estimate, times: Times) -> _Part:
     """Return the teacher's forward passes over all samples, before the distillation."""
     recipe, case = estimate.recipe, estimate.case
     step_s = _forward_s(case.teacher, recipe, case.microbatches, recipe.distill.micro_batch_size, times)
     seconds = step_s * recipe.distill.steps
-    return _item(
-        "caching the teacher", seconds, case.world, f"{recipe.distill.num_samples:,} samples, forward"
-    )
+    return _Part("caching the teacher", seconds, f"{recipe.distill.num_samples:,} samples, forward")
 
 
-def _validation(estimate: Estimate, times: Times) -> CampaignItem:
+def _validation(estimate: Estimate, times: Times) -> _Part:
     """Return the validations during distillation: forward passes of student, teacher and loss."""
     recipe, case = estimate.recipe, estimate.case
     d = recipe.distill
@@ -193,21 +203,21 @@ def _validation(estimate: Estimate, times: Times) -> CampaignItem:
     forward_s = sum(_forward_s(arch, recipe, case.microbatches, size, times) for arch in models)
     loss_s = LOSS_FORWARD * estimate.seconds.get(LOSS, 0.0) * recipe.parallel.pp * estimate.correction
     seconds = count * d.valid_batches * (forward_s + loss_s)
-    return _item("validation", seconds, case.world, f"{count:,} x {d.valid_batches} batches")
+    return _Part("validation", seconds, f"{count:,} x {d.valid_batches} batches")
 
 
-def _evaluation(base: Arch, recipe: Recipe, world: int, times: Times) -> CampaignItem:
+def _evaluation(base: Arch, recipe: Recipe, ranks: int, times: Times) -> _Part:
     """Return the evaluation at the end. All models count as large as the unpruned one."""
     settings = recipe.evaluate
-    replicas = max(1, world // recipe.parallel.model_ranks)
+    replicas = max(1, ranks // recipe.parallel.model_ranks)
     micro_batches = math.ceil(settings.num_samples / settings.micro_batch_size / replicas)
     num_models = 1 + len(recipe.evaluated_models)
     seconds = num_models * _forward_s(base, recipe, micro_batches, settings.micro_batch_size, times)
     detail = f"{num_models} models, {settings.num_samples} samples; tasks are not counted"
-    return _item("evaluation", seconds, world, detail)
+    return _Part("evaluation", seconds, detail)
 
 
-def save_seconds(arch: Arch, recipe: Recipe, world: int, times: Times) -> tuple[float, float]:
+def save_seconds(arch: Arch, recipe: Recipe, ranks: int, times: Times) -> tuple[float, float]:
     """Return (seconds to join the optimizer's state and copy it to the host, seconds to write).
 
     All ranks write. Each tensor of the optimizer is summed onto its owner.
@@ -215,26 +225,27 @@ def save_seconds(arch: Arch, recipe: Recipe, world: int, times: Times) -> tuple[
     hardware, p = times.hardware, recipe.parallel
     largest = max(rank_parameters(arch, p))
     total = sum(rank_parameters(arch, p)) * p.tp
-    group = max(1, world // (p.tp * p.pp))
+    group = max(1, ranks // (p.tp * p.pp))
     join = times.collective_s(12 * largest, group, p.tp)
-    nodes = math.ceil(world / hardware.gpus_per_node)
+    nodes = math.ceil(ranks / hardware.gpus_per_node)
     rate = 1e9 * min(hardware.disk_gb_s, nodes * hardware.disk_gb_s_node)
     return join, CHECKPOINT_BYTES * total / rate
 
 
-def _checkpoints(runs: Sequence[_Run], recipe: Recipe, world: int, times: Times) -> CampaignItem:
+def _checkpoints(runs: Sequence[_Run], estimate: Estimate, times: Times) -> _Part:
     """Return the time in which training waits for checkpoints. async_save hides the writing."""
+    recipe, case = estimate.recipe, estimate.case
     seconds = 0.0
     texts = []
     for run in runs:
-        join_s, write_s = save_seconds(run.arch, recipe, world, times)
+        join_s, write_s = save_seconds(run.arch, recipe, case.student_ranks, times)
         interval_s = run.step_s * run.training.checkpoint_interval
         exposed_s = max(0.0, write_s - interval_s) if run.training.async_save else write_s
         count = math.ceil(run.training.steps / run.training.checkpoint_interval)
         seconds += count * (join_s + exposed_s)
-        best = best_interval_s(join_s + exposed_s, world, times) / run.step_s
+        best = best_interval_s(join_s + exposed_s, case.world, times) / run.step_s
         texts.append(f"{count:,} x {join_s + exposed_s:.1f} s (best interval: {best:,.0f} steps)")
-    return _item("checkpoints", seconds, world, " + ".join(texts))
+    return _Part("checkpoints", seconds, " + ".join(texts))
 
 
 def best_interval_s(save_s: float, world: int, times: Times) -> float:
@@ -242,27 +253,27 @@ def best_interval_s(save_s: float, world: int, times: Times) -> float:
     return math.sqrt(2 * save_s * 3600 * times.hardware.mtbf_gpu_hours / world)
 
 
-def _reading(runs: Sequence[_Run], recipe: Recipe, world: int, times: Times) -> CampaignItem:
+def _reading(runs: Sequence[_Run], recipe: Recipe, ranks: int, times: Times) -> _Part:
     """Return the waits for text. The next step's samples are read while a step computes."""
-    waits = [max(0.0, _read_s(run, recipe, world, times) - run.step_s) for run in runs]
+    waits = [max(0.0, _read_s(run, recipe, ranks, times) - run.step_s) for run in runs]
     seconds = sum(wait_s * run.training.steps for wait_s, run in zip(waits, runs))
-    read_s = max(_read_s(run, recipe, world, times) for run in runs)
-    return _item("reading text", seconds, world, f"{read_s:.2f} s per step, read ahead while a step computes")
+    read_s = max(_read_s(run, recipe, ranks, times) for run in runs)
+    return _Part("reading text", seconds, f"{read_s:.2f} s per step, read ahead while a step computes")
 
 
-def _read_s(run: _Run, recipe: Recipe, world: int, times: Times) -> float:
-    replicas = max(1, world // recipe.parallel.model_ranks)
+def _read_s(run: _Run, recipe: Recipe, ranks: int, times: Times) -> float:
+    replicas = max(1, ranks // recipe.parallel.model_ranks)
     samples = run.training.global_batch_size / replicas
     return samples * times.hardware.read_ms_per_sample / 1e3
 
 
-def _restarts(runs: Sequence[_Run], items: Sequence[CampaignItem], world: int, times: Times) -> CampaignItem:
+def _restarts(runs: Sequence[_Run], parts: Sequence[_Part], world: int, times: Times) -> _Part:
     """Return the first start, and the failures: half an interval of lost work and a restart each."""
     hardware = times.hardware
-    failures = total_gpu_hours(items) / hardware.mtbf_gpu_hours
+    failures = sum(part.seconds for part in parts) * world / 3600 / hardware.mtbf_gpu_hours
     training_s = sum(run.seconds for run in runs)
     lost_s = sum(run.seconds / training_s * run.training.checkpoint_interval * run.step_s / 2 for run in runs)
     start_s = 60 * hardware.restart_minutes
     seconds = start_s + failures * (start_s + lost_s)
     detail = f"{failures:.2f} failures, {lost_s / 60:.1f} min lost and {hardware.restart_minutes:g} min each"
-    return _item("start and failures", seconds, world, detail)
+    return _Part("start and failures", seconds, detail)

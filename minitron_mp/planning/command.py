@@ -216,9 +216,9 @@ def _print_campaign(shown: Estimate, base: Arch, times: Times, price: float | No
 
     If teacher correction is impossible with its own settings, those that fit are used.
     """
-    recipe, world = shown.recipe, shown.case.world
+    recipe, ranks = shown.recipe, shown.case.student_ranks
     if recipe.correct and recipe.pruning_base == "correct":
-        problem = correction_problem(base, recipe.correct, recipe, world, times)
+        problem = correction_problem(base, recipe.correct, recipe, ranks, times)
         fitting = with_fitting_correction(shown, base, times) if problem else shown
         if problem:
             say(f"teacher correction is impossible in this layout: {problem}")

@@ -42,6 +42,9 @@ WORLDS = tuple(8 << i for i in range(9))
 REFINED = 16
 """Number of layouts of the first pass that the second one refines."""
 
+COLOCATED = 8
+"""At least so many of them have a colocated teacher: a remote one waits while other stages run."""
+
 HOST_SHARE = 0.01
 """Share of a step in which the GPU waits for the host, from which on CUDA graphs are tried."""
 
@@ -83,8 +86,11 @@ def search_layouts(case: PlanningCase, times: Times, *, fp8: bool = False) -> La
         queue.add(candidate)
     num_tried = len(queue.heap)
     possible = queue.fitting(REFINED)
-    if possible and not any(estimate.case.teacher_ranks for estimate in possible):
-        possible += queue.fitting(1, remote=True)
+    if possible:
+        num_remote = sum(1 for estimate in possible if estimate.case.teacher_ranks)
+        num_colocated = len(possible) - num_remote
+        possible += queue.fitting(COLOCATED - num_colocated, remote=False)
+        possible += queue.fitting(1 - num_remote, remote=True)
     impossible[MEMORY] = queue.num_too_large
     possible += [better for estimate in possible for better in _refined(estimate, times)]
     possible.sort(key=_rank)
@@ -105,16 +111,19 @@ class _Queue:
         estimate = estimate_distillation(case, self.times)
         heapq.heappush(self.heap, (_rank(estimate), next(self._number), estimate))
 
-    def fitting(self, count: int, *, remote: bool = False) -> list[Estimate]:
+    def fitting(self, count: int, *, remote: bool | None = None) -> list[Estimate]:
         """Remove and return up to `count` of the fastest layouts that fit.
 
         A layout that does not fit is tried again with recomputation. remote: return only layouts
-        with a remote teacher.
+        with a remote teacher, or only those with a colocated one; the others stay.
         """
         found: list[Estimate] = []
+        others = []
         while self.heap and len(found) < count:
-            _, _, estimate = heapq.heappop(self.heap)
-            if remote and not estimate.case.teacher_ranks:
+            entry = heapq.heappop(self.heap)
+            estimate = entry[-1]
+            if remote is not None and remote != (estimate.case.teacher_ranks > 0):
+                others.append(entry)
                 continue
             if fits(estimate, self.times):
                 found.append(estimate)
@@ -125,6 +134,8 @@ class _Queue:
                 self.num_too_large += 1
             else:
                 self.add(_with_training(estimate.case, distill, recompute=True))
+        self.heap = [*others, *self.heap]
+        heapq.heapify(self.heap)
         return found
 
 
