@@ -195,6 +195,7 @@ def estimate(
     json: Annotated[Path | None, typer.Option(help="write all results to this JSON file")] = None,
     round: Round = "",
     plot: Annotated[Path | None, typer.Option(help="plot 8 to 2,048 GPUs: .png, .svg or .pdf")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="do not correct towards published rates")] = False,
 ) -> None:
     """Estimate memory, step time and GPU-hours, and find the best layouts on a number of GPUs."""
     from minitron_mp.planning.command import EstimateOptions, run_estimate
@@ -208,6 +209,7 @@ def estimate(
         top=top,
         json_file=json,
         plot_file=plot,
+        raw=raw,
     )
     run_estimate(load_recipe(recipe, overrides or []).of_round(round), options)
 

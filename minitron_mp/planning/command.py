@@ -8,23 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minitron_mp.artifacts.files import write_text
+from minitron_mp.config.engine_rules import engine_problems as fp8_rule_problems
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.console import say, table
 from minitron_mp.errors import InputError, refuse
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.hf_config import read_arch
-from minitron_mp.planning.case import PlanningCase
-from minitron_mp.planning.hardware import read_hardware
-from minitron_mp.planning.layouts import (
-    GIB,
-    LayoutSearch,
-    fastest_layout,
-    fits,
-    layout_problem,
-    scaling,
-    search_layouts,
-    smallest_world,
+from minitron_mp.planning.advice import host_warning, settings_text
+from minitron_mp.planning.campaign import (
+    CampaignItem,
+    best_campaign,
+    campaign,
+    correction_problem,
+    total_gpu_hours,
+    with_fitting_correction,
 )
+from minitron_mp.planning.case import PlanningCase
+from minitron_mp.planning.estimate import WORK, Estimate
+from minitron_mp.planning.hardware import GPUS, read_hardware
+from minitron_mp.planning.layouts import fits, layout_problem
+from minitron_mp.planning.memory import GIB
+from minitron_mp.planning.published import KD_TFLOPS, comparisons, published_distillation
 from minitron_mp.planning.rounds import (
     ROUNDS_HEADER,
     Models,
@@ -32,22 +36,34 @@ from minitron_mp.planning.rounds import (
     largest_student,
     round_rows,
 )
-from minitron_mp.planning.step_time import WORK, Estimate, estimate_distillation, estimate_training
+from minitron_mp.planning.search import (
+    LayoutSearch,
+    fastest_layout,
+    scaling,
+    search_layouts,
+    smallest_world,
+)
+from minitron_mp.planning.step_time import estimate_distillation
 from minitron_mp.planning.tables import (
+    CAMPAIGN_HEADER,
     LAYOUT_HEADER,
+    PUBLISHED_HEADER,
     SCALING_HEADER,
     Scaling,
+    campaign_rows,
     efficiency_loss,
     estimate_json,
     layout_row,
     layout_text,
     memory_rows,
+    published_rows,
     scaling_rows,
     seconds_rows,
     summary_rows,
     traffic_rows,
 )
 from minitron_mp.planning.times import Times, read_times
+from minitron_mp.planning.variants import in_fp8
 from minitron_mp.pruning.search_space import possible_students
 
 
@@ -66,6 +82,8 @@ class EstimateOptions:
     """Layouts to show."""
     json_file: Path | None = None
     plot_file: Path | None = None
+    raw: bool = False
+    """Show arithmetic alone, without the correction towards published rates."""
 
 
 def run_estimate(recipe: Recipe, options: EstimateOptions) -> None:
@@ -77,7 +95,7 @@ def run_estimate(recipe: Recipe, options: EstimateOptions) -> None:
     if options.plot_file and options.plot_file.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise InputError(f"--plot {options.plot_file}: the name must end in .png, .svg or .pdf")
     hardware = read_hardware(options.gpu, options.hardware_file)
-    times = read_times(options.gpu, hardware, options.times_file)
+    times = read_times(options.gpu, hardware, options.times_file, corrected=not options.raw)
     models = read_models(recipe)
     case = PlanningCase(models.student, models.teacher, recipe, options.world)
     search = search_layouts(case, times)
@@ -90,12 +108,14 @@ def run_estimate(recipe: Recipe, options: EstimateOptions) -> None:
         f"{case.teacher.num_parameters():,}. GiB are 2^30 bytes; times are estimates."
     )
     shown = _shown_estimate(case, search, times, problem)
-    table(layout_text(shown), ("what", "value"), summary_rows(shown, times, options.price))
-    if recipe.pruning_base == "correct" and not problem:
-        rows = _correction_rows(models.base, recipe, options, times)
-        table("teacher correction (before distillation)", ("what", "value"), rows)
-    _print_estimate(shown)
+    _print_estimate(shown, times, options.price)
+    warning = host_warning(shown, times)
+    if warning:
+        say(warning)
+    items = _print_campaign(shown, models.base, times, options.price)
     _print_layouts(search, options.top)
+    _print_best(case, search, models.base, times)
+    _print_published(options.gpu, times)
     sweep = scaling(case, times)
     table("fastest layout on 8 to 2,048 GPUs (tok/s per GPU)", SCALING_HEADER, scaling_rows(sweep))
     say(efficiency_loss(sweep))
@@ -103,13 +123,15 @@ def run_estimate(recipe: Recipe, options: EstimateOptions) -> None:
     if recipe.rounds:
         table(f"rounds on {options.world} GPUs", ROUNDS_HEADER, round_rows(rounds, options.price))
     if options.json_file:
+        best = [estimate_json(estimate) for estimate in search.possible[: options.top]]
         content: dict[str, object] = {
             "world": options.world,
             "hardware": hardware.model_dump(),
             "layer_times": times.about,
             "shown": estimate_json(shown),
+            "campaign": {item.name: item.gpu_hours for item in items},
             "own_layout_problem": problem,
-            "best": [estimate_json(estimate) for estimate in search.possible[: options.top]],
+            "best": best,
             "impossible": dict(search.impossible),
             "scaling": [_scaling_json(world, estimate) for world, estimate in sweep],
         }
@@ -154,8 +176,9 @@ def _shown_estimate(case: PlanningCase, search: LayoutSearch, times: Times, prob
     return search.possible[0]
 
 
-def _print_estimate(estimate: Estimate) -> None:
-    """Print memory, time and traffic of one layout by part."""
+def _print_estimate(estimate: Estimate, times: Times, price: float | None) -> None:
+    """Print a summary, and memory, time and traffic of one layout by part."""
+    table(layout_text(estimate), ("what", "value"), summary_rows(estimate, times, price))
     table(
         "memory of the fullest GPU (activations, logits and buffers are estimates)",
         ("part", "GiB"),
@@ -165,7 +188,7 @@ def _print_estimate(estimate: Estimate) -> None:
         table(
             "memory of the fullest GPU of the teacher", ("part", "GiB"), memory_rows(estimate.teacher_memory)
         )
-    table("time of a step", ("part", "s", "share"), seconds_rows(estimate))
+    table("time of a step, arithmetic", ("part", "s", "share"), seconds_rows(estimate))
     if estimate.traffic:
         table("sent per GPU", ("what", "link", "GB per step", "GB/s"), traffic_rows(estimate))
 
@@ -175,9 +198,9 @@ def _print_layouts(search: LayoutSearch, top: int) -> None:
     impossible ones.
     """
     shown = search.possible[:top]
-    title = f"fastest {len(shown)} of {len(search.possible):,} layouts that fit (tok/s per GPU)"
+    title = f"fastest {len(shown)} of {search.num_tried:,} layouts (arithmetic and corrected: s a step)"
     table(title, LAYOUT_HEADER, [layout_row(estimate) for estimate in shown])
-    remote = next((estimate for estimate in search.possible if estimate.case.teacher_ranks), None)
+    remote = search.remote
     if remote:
         ranks = f"{remote.case.teacher_ranks} : {remote.case.student_ranks}"
         say(
@@ -188,27 +211,59 @@ def _print_layouts(search: LayoutSearch, top: int) -> None:
     table("impossible layouts", ("reason", "layouts"), rows)
 
 
-def _correction_rows(
-    base: Arch, recipe: Recipe, options: EstimateOptions, times: Times
-) -> list[tuple[str, str]]:
-    """Return rows (what, value) on a teacher correction that runs before the distillation."""
-    correct = recipe.correct
-    assert correct is not None
-    model_ranks = recipe.parallel.model_ranks
-    unit = correct.micro_batch_size * (options.world // model_ranks)
-    if options.world % model_ranks or correct.global_batch_size % unit:
-        return [("impossible", f"its global batch does not divide over {options.world} GPUs")]
-    step = sum(estimate_training(base, correct, recipe, options.world, times, None).seconds.values())
-    gpu_hours = step * correct.steps / 3600 * options.world
-    tokens = correct.steps * correct.global_batch_size * recipe.data.sequence_length
-    rows = [
-        ("step time", f"{step:.3f} s"),
-        ("budget", f"{correct.steps:,} steps, {tokens / 1e9:,.1f}B tokens"),
-        ("GPU-hours", f"{gpu_hours:,.0f}"),
-    ]
-    if options.price is not None:
-        rows.append(("cost", f"{gpu_hours * options.price:,.0f}"))
-    return rows
+def _print_campaign(shown: Estimate, base: Arch, times: Times, price: float | None) -> list[CampaignItem]:
+    """Print the GPU-hours of the whole run in the shown layout, and return their rows.
+
+    If teacher correction is impossible with its own settings, those that fit are used.
+    """
+    recipe, ranks = shown.recipe, shown.case.student_ranks
+    if recipe.correct and recipe.pruning_base == "correct":
+        problem = correction_problem(base, recipe.correct, recipe, ranks, times)
+        fitting = with_fitting_correction(shown, base, times) if problem else shown
+        if problem:
+            say(f"teacher correction is impossible in this layout: {problem}")
+        if fitting is None:
+            return []
+        shown = fitting
+    items = campaign(shown, base, times)
+    table("the whole run", CAMPAIGN_HEADER, campaign_rows(items, price))
+    return items
+
+
+def _print_best(case: PlanningCase, search: LayoutSearch, base: Arch, times: Times) -> None:
+    """Print the layouts with the fewest GPU-hours for the whole run, in the recipe's format and in
+    FP8.
+    """
+    rows = [("format of the recipe", search)]
+    recipe = case.recipe
+    has_fp8 = times.hardware.fp8_tflops and in_fp8(recipe) != recipe
+    if has_fp8 and not fp8_rule_problems(in_fp8(recipe)):
+        rows.append(("FP8, which changes the numbers", search_layouts(case, times, fp8=True)))
+    for name, found in rows:
+        best = best_campaign(found.possible, base, times)
+        if best is None:
+            continue
+        total = total_gpu_hours(campaign(best, base, times))
+        say(
+            f"fewest GPU-hours ({name}): {total:,.0f} for the whole run, {best.tflops:,.0f} TFLOP/s/GPU, "
+            f"{best.needed_bytes / GIB:.0f} GiB with {layout_text(best)}; settings: "
+            f"{settings_text(best, recipe)}"
+        )
+
+
+def _print_published(gpu: str, times: Times) -> None:
+    """Print published rates beside the planner's arithmetic for the same layouts."""
+    compared = comparisons(gpu)
+    table("published pre-training (TFLOP/s per GPU)", PUBLISHED_HEADER, published_rows(compared))
+    uncorrected = read_times("h100", GPUS["h100"], corrected=False)
+    ratio = published_distillation(uncorrected).tflops / KD_TFLOPS
+    say(
+        f"ratio: published / arithmetic step time. Its geometric mean is the correction: "
+        f"{times.hardware.correction_bf16:g} in bf16, {times.hardware.correction_fp8:g} in FP8 "
+        f"(ratios in brackets do not count). The one published distillation, ModelOpt's 9B -> 7B on 768 "
+        f"H100 at tp 8, reached {KD_TFLOPS:.0f} TFLOP/s/GPU, {ratio:.1f} times less than arithmetic says for "
+        "12B -> 8B in that layout (docs/planning.md)"
+    )
 
 
 def _nothing_fits(search: LayoutSearch, case: PlanningCase, times: Times) -> str:

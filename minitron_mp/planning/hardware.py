@@ -52,6 +52,24 @@ class Hardware(BaseModel):
     """The same share with distill.tp_comm_overlap. Assumed."""
     reserved_gib: float = 4.0
     """CUDA context, NCCL, cuBLAS and fragmentation of the allocator. Assumed."""
+    correction_bf16: float = 1.085
+    """Published step time / step time from arithmetic, in bf16 and float32 (published.py)."""
+    correction_fp8: float = 1.065
+    """The same ratio in FP8."""
+    disk_gb_s: float = 50.0
+    """Speed at which all nodes together write a checkpoint. Assumed; a parallel file system."""
+    disk_gb_s_node: float = 2.0
+    """Speed at which one node writes a checkpoint. Assumed."""
+    read_ms_per_sample: float = 20.0
+    """Time in which a reader makes one sample: about ten documents, each two reads of a cold file.
+    Assumed.
+    """
+    mtbf_gpu_hours: float = 50_000.0
+    """GPU-hours between two failures. Llama 3 405B had 419 unexpected interruptions in 54 days on
+    16,384 H100 (arXiv 2407.21783, section 3.3.4).
+    """
+    restart_minutes: float = 10.0
+    """Time from a failure to the first step of the next start. Assumed."""
     source: str = ""
     """Source of the numbers."""
 
@@ -94,6 +112,7 @@ GPUS = {
         hbm_tb_s=2.039,
         nvlink_gb_s=300,
         nic_gb_s=25,
+        correction_bf16=1.11,
         source="glennklockwood.com/garden/processors/A100, after NVIDIA's datasheet; 8 x 200 Gb/s assumed",
     ),
 }

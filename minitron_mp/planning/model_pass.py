@@ -86,7 +86,21 @@ class ModelPass:
 
 
 def stage_times(work: ModelPass, times: Times) -> StageTimes:
-    """Return the time of one microbatch on each stage, without the loss and the optimizer."""
+    """Return the time of one microbatch on each stage, without the loss and the optimizer.
+
+    Each pass is computed once for `times`. The caller may change the parts of the stages.
+    """
+    # Hashing an architecture takes longer than looking up its pass; `times` keeps it alive.
+    p = work.parallel
+    sizes = work.sequence_length, work.micro_batch_size, work.number_format
+    key = (id(work.arch), p, *sizes, work.train, work.recompute, work.tp_comm_overlap, work.cuda_graphs)
+    if key not in times.passes:
+        times.passes[key] = work.arch, _stage_times(work, times)
+    _, found = times.passes[key]
+    return StageTimes([dict(stage) for stage in found.stages], found.traffic, found.basis)
+
+
+def _stage_times(work: ModelPass, times: Times) -> StageTimes:
     layers = {block: _layer_times(work, block, times) for block in work.arch.block_counts()}
     transfer = _transfer_s(work, times)
     stages = []
@@ -98,6 +112,20 @@ def stage_times(work: ModelPass, times: Times) -> StageTimes:
         stages.append({**stage, PP: transfer})
     basis = functools.reduce(less_certain, (basis for _, basis in layers.values()))
     return StageTimes(stages, _traffic(work, times), basis)
+
+
+def host_load(work: ModelPass, times: Times) -> tuple[float, float]:
+    """Return (seconds to issue a layer, seconds of the GPU for it) for the smallest layers."""
+    loads = []
+    for block in work.arch.block_counts():
+        parts, _ = _layer_times(work, block, times)
+        loads.append((_issue_s(work, times), sum(parts.values()) - parts[HOST]))
+    return min(loads, key=lambda load: load[1])
+
+
+def _issue_s(work: ModelPass, times: Times) -> float:
+    passes = (3 if work.train else 1) + work.recompute
+    return times.issue_s(work.number_format, passes, cuda_graphs=work.cuda_graphs)
 
 
 def _layer_times(work: ModelPass, block: BlockArch, times: Times) -> tuple[Parts, str]:
@@ -112,9 +140,7 @@ def _layer_times(work: ModelPass, block: BlockArch, times: Times) -> tuple[Parts
     exposed = times.hardware.tp_exposed_overlapped if work.tp_comm_overlap else times.hardware.tp_exposed
     tensor = 4 * work.num_passes * times.collective_s(work.hidden_state_bytes, p.tp, 1) * exposed
     context = work.num_passes * times.collective_s(_key_value_bytes(work, block), p.cp, p.tp)
-    issued_passes = (3 if work.train else 1) + work.recompute
-    issue_s = times.issue_s(work.number_format, issued_passes, cuda_graphs=work.cuda_graphs)
-    host = max(0.0, issue_s - layer - recomputed - tensor - context)
+    host = max(0.0, _issue_s(work, times) - layer - recomputed - tensor - context)
     return {STUDENT: layer, RECOMPUTE: recomputed, TP: tensor, CP: context, HOST: host}, basis
 
 

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.models.arch import Arch
 from minitron_mp.planning.case import PlanningCase
-from minitron_mp.planning.layouts import GIB, fastest_layout, fits, layout_problem
-from minitron_mp.planning.step_time import Estimate, estimate_distillation
+from minitron_mp.planning.estimate import Estimate
+from minitron_mp.planning.layouts import fits, layout_problem
+from minitron_mp.planning.memory import GIB
+from minitron_mp.planning.search import fastest_layout
+from minitron_mp.planning.step_time import estimate_distillation
 from minitron_mp.planning.tables import layout_text
 from minitron_mp.planning.times import Times
 from minitron_mp.pruning.search_space import possible_students

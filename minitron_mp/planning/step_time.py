@@ -16,7 +16,6 @@ teacher    colocated: its forward passes run first, in the student's layout. rem
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.parallel import ParallelConfig
@@ -26,17 +25,10 @@ from minitron_mp.losses.parameters import SECOND_PASS
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.number_formats import BYTES
 from minitron_mp.planning.case import PlanningCase
-from minitron_mp.planning.memory import (
-    Parts,
-    distillation_memory,
-    fullest,
-    payload_bytes_per_token,
-    rank_parameters,
-    remote_teacher_memory,
-)
+from minitron_mp.planning.estimate import BUBBLE, DP, OPTIMIZER, STREAM, UNEVEN, WAIT, Estimate
+from minitron_mp.planning.memory import Parts, payload_bytes_per_token, rank_parameters
 from minitron_mp.planning.model_pass import (
     LOSS,
-    RECOMPUTE,
     STUDENT,
     TEACHER,
     TP,
@@ -57,16 +49,6 @@ BUCKET = 40_000_000
 A bucket has a million parameters per data-parallel rank if that is larger.
 """
 
-DP = "data parallel"
-BUBBLE = "pipeline bubble"
-UNEVEN = "uneven stages"
-OPTIMIZER = "optimizer"
-WAIT = "waiting for the teacher"
-STREAM = "teacher stream"
-
-WORK = (STUDENT, TEACHER, LOSS, RECOMPUTE)
-"""Parts of a step that are computation. All other parts are overhead of the layout."""
-
 
 @dataclass(frozen=True)
 class StepCost:
@@ -75,68 +57,6 @@ class StepCost:
     seconds: Parts
     traffic: dict[str, Traffic]
     basis: str
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Estimate of one layout. The sum of `seconds` is the time of a step."""
-
-    case: PlanningCase
-    seconds: Parts
-    traffic: dict[str, Traffic]
-    basis: str
-    """The least certain of the sources of the times (times.py)."""
-
-    @property
-    def recipe(self) -> Recipe:
-        return self.case.recipe
-
-    @property
-    def tokens(self) -> int:
-        """Return the number of tokens in a step."""
-        return self.recipe.distill.global_batch_size * self.recipe.data.sequence_length
-
-    @cached_property
-    def step_s(self) -> float:
-        return sum(self.seconds.values())
-
-    @cached_property
-    def memory(self) -> Parts:
-        """Return the bytes by part on the fullest GPU of the student."""
-        return fullest(distillation_memory(self.case))
-
-    @cached_property
-    def teacher_memory(self) -> Parts:
-        """Return the bytes by part on the fullest GPU of a remote teacher; {} without one."""
-        if not self.recipe.teacher.is_remote:
-            return {}
-        stages = range(self.recipe.teacher.parallel.pp)
-        return fullest([remote_teacher_memory(self.case.teacher, self.recipe, stage) for stage in stages])
-
-    @cached_property
-    def needed_bytes(self) -> float:
-        """Return the bytes on the fullest GPU of the job."""
-        return max(sum(self.memory.values()), sum(self.teacher_memory.values()))
-
-    @property
-    def tokens_per_gpu_s(self) -> float:
-        return self.tokens / self.step_s / self.case.world
-
-    @property
-    def hours(self) -> float:
-        """Return the hours of the distillation."""
-        return self.step_s * self.recipe.distill.steps / 3600
-
-    @property
-    def gpu_hours(self) -> float:
-        return self.hours * self.case.world
-
-    @property
-    def largest_overhead(self) -> tuple[str, float]:
-        """Return (largest part that is not computation, its share of the step)."""
-        overheads = [name for name in self.seconds if name not in WORK]
-        name = max(overheads, key=lambda name: self.seconds[name])
-        return name, self.seconds[name] / self.step_s
 
 
 def estimate_distillation(case: PlanningCase, times: Times) -> Estimate:
@@ -151,7 +71,18 @@ def estimate_distillation(case: PlanningCase, times: Times) -> Estimate:
         cost = StepCost(student.seconds, student.traffic | {STREAM: Traffic("disk", signal)}, student.basis)
     else:
         cost = _add_remote_teacher(student, case, times)
-    return Estimate(case, cost.seconds, cost.traffic, cost.basis)
+    return Estimate(case, cost.seconds, cost.traffic, cost.basis, _correction(case, cost.seconds, times))
+
+
+def _correction(case: PlanningCase, seconds: Parts, times: Times) -> float:
+    """Return expected / arithmetic time of a step. The teacher's layers may have another format."""
+    recipe = case.recipe
+    teacher_s = seconds.get(TEACHER, 0.0)
+    student = times.correction(recipe.distill.fp8 or recipe.precision)
+    teacher = times.correction(recipe.teacher.fp8 or recipe.teacher_precision)
+    if seconds.get(WAIT):
+        return teacher
+    return student + (teacher - student) * teacher_s / sum(seconds.values())
 
 
 def _signal_bytes(case: PlanningCase) -> int:
@@ -160,7 +91,7 @@ def _signal_bytes(case: PlanningCase) -> int:
     return payload_bytes_per_token(case.teacher, case.recipe) * tokens
 
 
-def _teacher_stages(case: PlanningCase, parallel: ParallelConfig, times: Times) -> StageTimes:
+def teacher_stages(case: PlanningCase, parallel: ParallelConfig, times: Times) -> StageTimes:
     """Return the times of the teacher's forward pass for one microbatch in the given layout."""
     recipe = case.recipe
     work = ModelPass(
@@ -179,9 +110,9 @@ def _add_colocated_teacher(student: StepCost, case: PlanningCase, times: Times) 
     if recipe.correct and recipe.corrects_during_distillation:
         teacher = estimate_training(case.teacher, recipe.correct, recipe, case.student_ranks, times, None)
     else:
-        forward = _teacher_stages(case, recipe.parallel, times)
+        forward = teacher_stages(case, recipe.parallel, times)
         teacher = StepCost(
-            _pipeline(forward.stages, case.microbatches, recipe.parallel),
+            pipeline_seconds(forward.stages, case.microbatches, recipe.parallel),
             _scaled(forward.traffic, case.microbatches),
             forward.basis,
         )
@@ -200,7 +131,7 @@ def _add_remote_teacher(student: StepCost, case: PlanningCase, times: Times) -> 
     """Add the waits for a teacher on separate ranks, and for its stream."""
     p = case.recipe.parallel
     t = case.recipe.teacher
-    forward = _teacher_stages(case, t.parallel, times)
+    forward = teacher_stages(case, t.parallel, times)
     if t.payload != "hidden":
         tokens = case.recipe.data.sequence_length // t.parallel.cp * case.recipe.distill.micro_batch_size
         logits_flops = 2 * tokens * case.teacher.hidden_size * case.teacher.padded_vocab_size
@@ -227,6 +158,22 @@ def _add_remote_teacher(student: StepCost, case: PlanningCase, times: Times) -> 
     )
 
 
+def training_pass(arch: Arch, training: TrainingConfig, recipe: Recipe) -> ModelPass:
+    """Return a microbatch of a model in training, in the student's layout."""
+    p = recipe.parallel
+    return ModelPass(
+        arch,
+        p,
+        recipe.data.sequence_length,
+        training.micro_batch_size,
+        training.fp8 or recipe.precision,
+        train=True,
+        recompute=training.recomputed_share(p.layers_of_chunks(arch.num_layers)),
+        tp_comm_overlap=training.tp_comm_overlap,
+        cuda_graphs=training.cuda_graphs,
+    )
+
+
 def estimate_training(
     arch: Arch,
     training: DistillConfig | CorrectionConfig,
@@ -243,17 +190,7 @@ def estimate_training(
     size = BYTES[recipe.precision]
     dp = ranks // p.model_ranks
     microbatches = training.global_batch_size // training.micro_batch_size // dp
-    work = ModelPass(
-        arch,
-        p,
-        recipe.data.sequence_length,
-        training.micro_batch_size,
-        training.fp8 or recipe.precision,
-        train=True,
-        recompute=training.recomputed_share(p.layers_of_chunks(arch.num_layers)),
-        tp_comm_overlap=training.tp_comm_overlap,
-        cuda_graphs=training.cuda_graphs,
-    )
+    work = training_pass(arch, training, recipe)
     passes = stage_times(work, times)
     teacher_hidden_size = teacher.hidden_size if teacher else 0
     output_layers = OutputLayers(
@@ -272,7 +209,7 @@ def estimate_training(
     if output_layers.second_pass:
         gathered += SECOND_SUMS_BYTES * work.tokens * p.tp
     passes.stages[-1][TP] += times.collective_s(gathered, p.tp, 1)
-    seconds = _pipeline(passes.stages, microbatches, p)
+    seconds = pipeline_seconds(passes.stages, microbatches, p)
     traffic = _scaled(passes.traffic, microbatches)
 
     parameters = max(rank_parameters(arch, p))
@@ -313,7 +250,7 @@ def _scaled(traffic: dict[str, Traffic], count: int) -> dict[str, Traffic]:
     return {name: Traffic(sent.link, sent.num_bytes * count) for name, sent in traffic.items()}
 
 
-def _pipeline(stages: list[Parts], microbatches: int, p: ParallelConfig) -> Parts:
+def pipeline_seconds(stages: list[Parts], microbatches: int, p: ParallelConfig) -> Parts:
     """Return the seconds of a step by part: the mean over stages, the extra time of the slowest
     stage, and the bubble.
     """

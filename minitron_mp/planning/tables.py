@@ -5,16 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from minitron_mp.config.parallel import ParallelConfig
+from minitron_mp.planning.campaign import CampaignItem, total_gpu_hours
+from minitron_mp.planning.estimate import Estimate
 from minitron_mp.planning.memory import GIB, Parts, uses_transformer_engine
-from minitron_mp.planning.step_time import Estimate
+from minitron_mp.planning.published import Comparison
 from minitron_mp.planning.times import Times
 
 Scaling = Sequence[tuple[int, Estimate | None]]
 """(GPUs, fastest layout; None if nothing fits)."""
 
-LAYOUT_HEADER = ("layout", "teacher", "step, s", "tok/s", "GiB", "largest overhead")
+LAYOUT_HEADER = ("layout", "teacher", "arithmetic", "corrected", "tok/s", "GiB", "largest overhead")
+"""arithmetic, corrected: seconds of a step."""
 
-SCALING_HEADER = ("GPUs", "layout", "teacher", "step, s", "tok/s", "largest overhead")
+SCALING_HEADER = ("GPUs", "layout", "teacher", "arithmetic", "corrected", "tok/s", "largest overhead")
+
+CAMPAIGN_HEADER = ("part", "GPU-hours", "numbers")
+
+PUBLISHED_HEADER = ("run", "GPUs", "layout", "format", "published", "arithmetic", "ratio")
+"""published, arithmetic: TFLOP/s per GPU. ratio: of the step times."""
 
 
 def layout_text(estimate: Estimate) -> str:
@@ -22,10 +30,12 @@ def layout_text(estimate: Estimate) -> str:
     p = estimate.recipe.parallel
     t = estimate.recipe.teacher
     dp = estimate.case.student_ranks // p.model_ranks
-    text = f"{_sizes_text(p)} dp {dp}, microbatch {estimate.recipe.distill.micro_batch_size}"
-    recompute = estimate.recipe.distill.recompute
-    if recompute:
-        text += ", recompute" if recompute is True else f", recompute {recompute}"
+    d = estimate.recipe.distill
+    text = f"{_sizes_text(p)} dp {dp}, microbatch {d.micro_batch_size}"
+    if d.recompute:
+        text += ", recompute" if d.recompute is True else f", recompute {d.recompute}"
+    if d.cuda_graphs:
+        text += ", CUDA graphs"
     if estimate.case.teacher_ranks:
         return f"{text}; teacher on {estimate.case.teacher_ranks} GPUs ({_sizes_text(t.parallel)})"
     return f"{text}; teacher {t.placement}"
@@ -41,9 +51,14 @@ def _sizes_text(p: ParallelConfig) -> str:
 def summary_rows(estimate: Estimate, times: Times, price: float | None) -> list[tuple[str, str]]:
     """Return rows (what, value) on speed, budget, memory and cost. price: of a GPU-hour."""
     d = estimate.recipe.distill
+    peak = times.hardware.bf16_tflops
     needed = f"{estimate.needed_bytes / GIB:.1f} GiB needed and {times.hardware.reserved_gib:.1f} reserved"
     rows = [
-        ("step time", f"{estimate.step_s:.3f} s for {estimate.tokens:,} tokens"),
+        (
+            "step time",
+            f"{estimate.step_s:.3f} s for {estimate.tokens:,} tokens (arithmetic: "
+            f"{estimate.arithmetic_s:.3f} s, x {estimate.correction:.3f} towards published rates)",
+        ),
         ("layer times", estimate.basis + ("" if times.same_gpu else " from another GPU")),
         (
             "layers",
@@ -52,8 +67,12 @@ def summary_rows(estimate: Estimate, times: Times, price: float | None) -> list[
             else "memory of local layers, times of Transformer Engine layers",
         ),
         ("throughput", f"{estimate.tokens_per_gpu_s:,.0f} tokens/s/GPU"),
+        (
+            "utilisation",
+            f"{estimate.tflops:,.0f} TFLOP/s/GPU, {estimate.tflops / peak:.1%} of the bf16 peak (MFU)",
+        ),
         ("budget", f"{d.steps:,} steps, {d.steps * estimate.tokens / 1e9:,.1f}B tokens"),
-        ("total time", f"{estimate.hours:,.1f} h, {estimate.gpu_hours:,.0f} GPU-hours"),
+        ("distillation", f"{estimate.hours:,.1f} h, {estimate.gpu_hours:,.0f} GPU-hours"),
         ("memory", f"{needed}, of {times.hardware.memory_gib:.1f}"),
     ]
     if price is not None:
@@ -70,7 +89,7 @@ def memory_rows(parts: Parts) -> list[tuple[str, str]]:
 def seconds_rows(estimate: Estimate) -> list[tuple[str, str, str]]:
     """Return rows (part of a step, seconds, share), largest first."""
     parts = sorted(estimate.seconds.items(), key=lambda part: -part[1])
-    return [(name, f"{value:.3f}", f"{value / estimate.step_s:.1%}") for name, value in parts]
+    return [(name, f"{value:.3f}", f"{value / estimate.arithmetic_s:.1%}") for name, value in parts]
 
 
 def traffic_rows(estimate: Estimate) -> list[tuple[str, str, str, str]]:
@@ -84,34 +103,55 @@ def traffic_rows(estimate: Estimate) -> list[tuple[str, str, str, str]]:
 
 def layout_row(estimate: Estimate) -> tuple[str, ...]:
     """Return a row under LAYOUT_HEADER that fits a terminal of 80 columns."""
-    layout, teacher, step, speed, overhead = _short_cells(estimate)
-    return (layout, teacher, step, speed, f"{estimate.needed_bytes / GIB:.0f}", overhead)
+    *cells, overhead = _short_cells(estimate)
+    return (*cells, f"{estimate.needed_bytes / GIB:.0f}", overhead)
 
 
 def scaling_rows(sweep: Scaling) -> list[tuple[str, ...]]:
     """Return rows under SCALING_HEADER."""
     return [
-        (f"{world:,}", *(_short_cells(estimate) if estimate else ("does not fit", "", "", "", "")))
+        (f"{world:,}", *(_short_cells(estimate) if estimate else ("does not fit", *[""] * 5)))
         for world, estimate in sweep
     ]
 
 
-def _short_cells(estimate: Estimate) -> tuple[str, str, str, str, str]:
+def _short_cells(estimate: Estimate) -> tuple[str, ...]:
     p = estimate.recipe.parallel
     d = estimate.recipe.distill
     layout = f"tp{p.tp} pp{p.pp} cp{p.cp}"
     if p.vpp:
         layout += f" v{p.vpp}"
-    if d.micro_batch_size > 1:
-        layout += f" mb{d.micro_batch_size}"
+    if p.layers:
+        layout += f" last{p.layers[-1]}"
+    layout += f" mb{d.micro_batch_size} b{d.global_batch_size}"
     if d.recompute:
         layout += " re" if d.recompute is True else f" re{d.recompute}"
+    if d.cuda_graphs:
+        layout += " graphs"
     num_teachers = estimate.case.teacher_ranks
     teacher = f"{num_teachers} tp{estimate.recipe.teacher.parallel.tp}" if num_teachers else "colocated"
     overhead, share = estimate.largest_overhead
-    step = f"{estimate.step_s:.3f}"
-    speed = f"{estimate.tokens_per_gpu_s:,.0f}"
-    return layout, teacher, step, speed, f"{overhead} {share:.0%}"
+    steps = f"{estimate.arithmetic_s:.3f}", f"{estimate.step_s:.3f}"
+    return (layout, teacher, *steps, f"{estimate.tokens_per_gpu_s:,.0f}", f"{overhead} {share:.0%}")
+
+
+def campaign_rows(items: Sequence[CampaignItem], price: float | None) -> list[tuple[str, str, str]]:
+    """Return rows under CAMPAIGN_HEADER, with their sum. price: of a GPU-hour."""
+    rows = [(item.name, f"{item.gpu_hours:,.0f}", item.detail) for item in items]
+    total = total_gpu_hours(items)
+    cost = "" if price is None else f"cost {total * price:,.0f}"
+    return [*rows, ("sum", f"{total:,.0f}", cost)]
+
+
+def published_rows(compared: Sequence[Comparison]) -> list[tuple[str, ...]]:
+    """Return rows under PUBLISHED_HEADER. Ratios in brackets do not count for the correction."""
+    rows: list[tuple[str, ...]] = []
+    for each in compared:
+        run = each.run
+        ratio = f"{each.ratio:.2f}" if each.counts else f"({each.ratio:.2f})"
+        rates = f"{run.tflops:.0f}", f"{run.tflops * each.ratio:.0f}"
+        rows.append((run.model, f"{run.world:,}", _sizes_text(run.layout), run.fp8 or "bf16", *rates, ratio))
+    return rows
 
 
 def efficiency_loss(sweep: Scaling) -> str:
@@ -144,7 +184,16 @@ def estimate_json(estimate: Estimate) -> dict[str, object]:
         "student_ranks": estimate.case.student_ranks,
         "teacher_ranks": teacher_ranks,
         "teacher_parallel": t.parallel.model_dump() if teacher_ranks else None,
+        "global_batch_size": estimate.recipe.distill.global_batch_size,
+        "steps": estimate.recipe.distill.steps,
+        "overlap": estimate.recipe.distill.overlap,
+        "tp_comm_overlap": estimate.recipe.distill.tp_comm_overlap,
+        "cuda_graphs": estimate.recipe.distill.cuda_graphs,
+        "fp8": estimate.recipe.distill.fp8,
+        "arithmetic_s": estimate.arithmetic_s,
+        "correction": estimate.correction,
         "step_s": estimate.step_s,
+        "tflops_per_gpu": estimate.tflops,
         "tokens_per_s_per_gpu": estimate.tokens_per_gpu_s,
         "hours": estimate.hours,
         "gpu_hours": estimate.gpu_hours,

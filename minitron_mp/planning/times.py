@@ -62,11 +62,15 @@ class Times:
     """Times of layers and losses, from a roofline and measured points.
 
     same_gpu: whether the points were measured on this GPU. Otherwise no time is MEASURED.
+    corrected: whether estimates are corrected towards published rates (published.py).
     """
 
-    def __init__(self, hardware: Hardware, content: dict[str, Any], *, same_gpu: bool):
+    def __init__(
+        self, hardware: Hardware, content: dict[str, Any], *, same_gpu: bool, corrected: bool = True
+    ):
         self.hardware = hardware
         self.same_gpu = same_gpu
+        self.corrected = corrected
         self.about = content.get("about", {})
         measured_rates = content["gemm_tflops"] if same_gpu else {}
         peaks = {"bf16": hardware.bf16_tflops, "fp8": hardware.fp8_tflops, "fp32": hardware.fp32_tflops}
@@ -77,6 +81,8 @@ class Times:
         self.hbm = 1e12 * (content["copy_tb_s"] if same_gpu else hardware.hbm_tb_s * hardware.hbm_efficiency)
         # Points are compared with the roofline of the GPU that they were measured on.
         measured_gpu = self if same_gpu else Times(GPUS[content["gpu"]], content, same_gpu=True)
+        self.passes: dict[tuple[object, ...], Any] = {}
+        """Times of passes through a model (model_pass.py)."""
         self.points: dict[Kind, list[tuple[float, float]]] = {}
         for point in content["points"]:
             kind, flops, seconds = measured_gpu._roofline_of_point(point)
@@ -108,8 +114,14 @@ class Times:
         if cuda_graphs:
             train_s = self.hardware.host_graphs_ms / 1e3
         else:
-            train_s = self.host_s["bf16" if dtype in ("bf16", "fp32") else "fp8"]
+            train_s = self.host_s["fp8" if _is_fp8(dtype) else "bf16"]
         return train_s * passes / 3
+
+    def correction(self, dtype: str) -> float:
+        """Return the factor from arithmetic to expected seconds for this format of the products."""
+        if not self.corrected:
+            return 1.0
+        return self.hardware.correction_fp8 if _is_fp8(dtype) else self.hardware.correction_bf16
 
     def _loss(self, sizes: OutputLayers) -> tuple[float, str]:
         """Return (seconds, source of the time) of output layers and loss, forward and backward."""
@@ -180,7 +192,7 @@ class Times:
         qkv = widths.qkv // tp
         fc1 = widths.fc1 // tp
         fc2 = widths.fc2 // tp
-        rate = self.rates["fp8" if dtype not in ("bf16", "fp32") else dtype]
+        rate = self.rates["fp8" if _is_fp8(dtype) else dtype]
         size = 4 if dtype == "fp32" else 2
         flops = 0.0
         products_s = 0.0
@@ -245,12 +257,19 @@ class Times:
         return 1e9 * self.hardware.nvlink_gb_s * self.hardware.nvlink_efficiency
 
 
-def read_times(gpu: str, hardware: Hardware, path: Path | None = None) -> Times:
-    """Read the layer times of a file written by benchmarks/layers.py; default: the shipped file."""
+def _is_fp8(dtype: str) -> bool:
+    return dtype not in ("bf16", "fp32")
+
+
+def read_times(gpu: str, hardware: Hardware, path: Path | None = None, *, corrected: bool = True) -> Times:
+    """Read the layer times of a file written by benchmarks/layers.py; default: the shipped file.
+
+    corrected: whether estimates are corrected towards published rates.
+    """
     path = path or SHIPPED
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return Times(hardware, content, same_gpu=content["gpu"] == gpu)
+        return Times(hardware, content, same_gpu=content["gpu"] == gpu, corrected=corrected)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path} holds no layer times ({type(error).__name__}: {error}); write them with: "

@@ -19,8 +19,9 @@ from minitron_mp.planning.activations import activation_bytes_per_token, layers_
 from minitron_mp.planning.case import PlanningCase
 from minitron_mp.planning.command import read_models
 from minitron_mp.planning.hardware import GPUS, read_hardware
-from minitron_mp.planning.layouts import BATCH, ENGINE, fastest_layout, search_layouts
+from minitron_mp.planning.layouts import BATCH, ENGINE
 from minitron_mp.planning.memory import rank_parameters, training_memory
+from minitron_mp.planning.search import fastest_layout, search_layouts
 from minitron_mp.planning.step_time import TP, estimate_distillation, estimate_training
 from minitron_mp.planning.times import MEASURED, SCALED, SHIPPED, OutputLayers, Times, read_times
 
@@ -28,6 +29,9 @@ EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.yaml") if path.st
 """The quick start's model is fetched first."""
 CLUSTER = ParallelConfig(tp=8, pp=4, sequence_parallel=True)
 TWELVE_TO_EIGHT = "examples/mn_minitron_8b.yaml"
+NO_OVERLAP = [
+    f"{section}.{key}=false" for section in ("distill", "correct") for key in ("overlap", "tp_comm_overlap")
+]
 
 
 def case_of(*overrides: str, world: int) -> PlanningCase:
@@ -269,7 +273,7 @@ def test_parts_of_a_step_add_up(examples):
     times = shipped()
     base, teacher, student = archs_of(load_recipe(TWELVE_TO_EIGHT))
     assert base == teacher
-    changes = ["parallel={tp: 1, pp: 4, sequence_parallel: false}", "distill.recompute=false"]
+    changes = ["parallel={tp: 1, pp: 4, sequence_parallel: false}", *NO_OVERLAP]
 
     def at(world: int, *overrides: str):
         return estimate_distillation(case_of(*changes, *overrides, world=world), times)
@@ -284,7 +288,7 @@ def test_parts_of_a_step_add_up(examples):
     assert one.seconds["uneven stages"] == pytest.approx(m * loss * 3 / 4)
     teachers = 10 * times.layer(teacher, 8192, 8192, ParallelConfig(), "bf16", False)[0]
     assert one.seconds["pipeline bubble"] == pytest.approx(3 * (10 * layer + teachers + transfers), rel=1e-3)
-    assert one.step_s == pytest.approx(sum(one.seconds.values()))
+    assert one.arithmetic_s == pytest.approx(sum(one.seconds.values()))
     interleaved = at(256, "parallel.vpp=5")
     assert interleaved.seconds["pipeline bubble"] == pytest.approx(3 * (10 * layer + teachers) / 5, rel=1e-3)
     small = at(256, "parallel={tp: 8, sequence_parallel: true}", "data.sequence_length=1024")
@@ -296,7 +300,7 @@ def test_parts_of_a_step_add_up(examples):
     assert hidden.seconds["data parallel"] < one.seconds["data parallel"] / 3
     remote = ["teacher.placement=remote", "teacher.ranks=32"]
     apart = at(224, *remote)
-    assert apart.step_s == pytest.approx(768 / 32 * 4 * teachers)  # the teacher is the slower one
+    assert apart.arithmetic_s == pytest.approx(768 / 32 * 4 * teachers)  # the teacher is the slower one
     assert apart.seconds["waiting for the teacher"] > 1
     assert "waiting for the teacher" not in at(256, "teacher.placement=cached").seconds
     one_to_one = [*remote, "teacher.ranks=4", "teacher.parallel.pp=4", "teacher.window=4"]
@@ -307,25 +311,27 @@ def test_parts_of_a_step_add_up(examples):
 def test_layouts_are_valid_and_ordered(examples):
     case, times = case_of(world=64), shipped()
     search = search_layouts(case, times)
-    steps = [estimate.step_s for estimate in search.possible]
-    assert steps == sorted(steps)
+    hours = [estimate.step_s / estimate.tokens for estimate in search.possible]
+    assert hours == sorted(hours)
     assert search.impossible[BATCH]
     for estimate in search.possible:
         dp = estimate.case.student_ranks // estimate.recipe.parallel.model_ranks
-        assert 768 % (dp * estimate.recipe.distill.micro_batch_size) == 0
+        d = estimate.recipe.distill
+        assert d.global_batch_size % (dp * d.micro_batch_size) == 0
         assert estimate.case.student_ranks + estimate.case.teacher_ranks == 64
         assert estimate.needed_bytes <= 75.1 * 2**30
     assert any(estimate.case.teacher_ranks for estimate in search.possible)
     assert any(estimate.recipe.parallel.vpp for estimate in search.possible)
-    assert fastest_layout(case, times).step_s == steps[0]
+    fastest = fastest_layout(case, times)
+    assert fastest.step_s / fastest.tokens == hours[0]
 
 
 @pytest.mark.parametrize("key", ["cuda_graphs", "tp_comm_overlap"])
 def test_no_proposed_layout_is_rejected_by_the_recipe(examples, key):
-    case = case_of(f"distill.{key}=true", "distill.recompute=false", world=64)
+    case = case_of(*NO_OVERLAP, f"distill.{key}=true", world=64)
     search = search_layouts(case, shipped())
     assert search.possible
-    assert search.impossible[ENGINE]
+    assert bool(search.impossible[ENGINE]) == (key == "cuda_graphs")  # the search drops the other key
     for estimate in search.possible[:50]:
         make_recipe(estimate.recipe.model_dump())
 
@@ -355,6 +361,11 @@ def test_estimate_command(here, examples, tmp_path, monkeypatch):  # noqa: F811
         "impossible layouts",
         "2,048",
         "teacher correction",
+        "% of the bf16 peak (MFU)",
+        "arithmetic",
+        "fewest GPU-hours (format of the recipe)",
+        "fewest GPU-hours (FP8, which changes the numbers)",
+        "published pre-training",
     ):
         assert words in out, out
     assert max(len(line) for line in out.splitlines() if line.startswith(("│", "┃"))) <= 80
@@ -366,7 +377,9 @@ def test_estimate_command(here, examples, tmp_path, monkeypatch):  # noqa: F811
     )
     assert [row["world"] for row in content["scaling"]] == [8 << i for i in range(9)]
     assert len(content["best"]) == 10
-    assert shown["step_s"] >= content["best"][0]["step_s"]
+    assert shown["gpu_hours"] >= content["best"][0]["gpu_hours"]
+    assert shown["step_s"] == pytest.approx(shown["correction"] * shown["arithmetic_s"])
+    assert sum(content["campaign"].values()) > shown["gpu_hours"] + content["campaign"]["teacher correction"]
     assert files[1].read_bytes().startswith(b"\x89PNG")
 
 
@@ -378,9 +391,9 @@ def test_estimate_rejects_invalid_arguments(here, examples, tmp_path):  # noqa: 
         "use at least 4 GPUs",
     )
     refused(
-        here("estimate", TWELVE_TO_EIGHT, "--world", "251"),
+        here("estimate", TWELVE_TO_EIGHT, "--world", "251", "distill.global_batch_size=8"),
         "no layout is possible on 251 GPUs",
-        "GPUs that work: 248",
+        "GPUs that work: 256",
         BATCH,
     )
     refused(
@@ -415,9 +428,7 @@ def test_custom_hardware_file(examples, tmp_path):
 
 def test_cuda_graphs_remove_host_launch_time():
     """At 1024 tokens the host launches an FP8 layer more slowly than the GPU computes it."""
-    case = case_of(
-        "data.sequence_length=1024", "distill.fp8=tensorwise", "distill.recompute=false", world=256
-    )
+    case = case_of(*NO_OVERLAP, "data.sequence_length=1024", "distill.fp8=tensorwise", world=256)
     usual, graphs = (
         estimate_training(
             case.student,

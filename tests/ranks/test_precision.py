@@ -210,6 +210,8 @@ def test_preflight_checks_fp8_sizes(monkeypatch):
         "target.align=8",
         "parallel.tp=1",
         "parallel.sequence_parallel=false",
+        "distill.tp_comm_overlap=false",
+        "correct.tp_comm_overlap=false",
         "data.sequence_length=8200",
     )
     assert sum("distill.fp8: " in text for text in found) == 2

@@ -228,6 +228,6 @@ def test_estimate_of_a_long_context_phase(monkeypatch):
     times = read_times("h100", read_hardware("h100"))
     first, long = estimate_rounds(recipe, read_models(recipe), 256, times)
     assert long.student == first.student
-    assert long.estimate.recipe.parallel.cp == 2
+    assert long.estimate.recipe.parallel.cp == 4
     assert long.estimate.tokens == 256 * 32768
     assert (first.own_layout, long.own_layout) == (True, True)
