@@ -14,7 +14,7 @@ import torch
 from cases import ARCHS, BY_NAME, SEQUENCE_LENGTH
 from pool import Pool
 
-FAMILIES = ("qwen3", "qwen2", "nemotron")
+FAMILIES = ("qwen3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2", "nemotron")))
 ROUNDING = 1e-4
 """Relative difference of float32 sums in another order, after 6 layers."""
 BF16 = 0.03
@@ -98,6 +98,7 @@ def test_engine_layers_in_bf16(engine_ranks, tmp_path):
     assert engine["losses"] == pytest.approx(local["losses"], rel=BF16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("written_by", ["local", "engine"])
 def test_both_kinds_of_layers_read_one_checkpoint(engine_ranks, tmp_path, written_by):
     """The keys are equal, and the model of the other kind loads every weight."""

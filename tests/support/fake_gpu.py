@@ -17,19 +17,19 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import subprocess
-import sys
 import traceback
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._C._distributed_c10d import FakeWork
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -40,11 +40,18 @@ from minitron_mp.distributed.cpu_backend import NullEvent, NullStream
 SOURCE = Path(__file__).with_suffix(".cpp")
 DEVICE = torch.device("cuda", 0)
 aten = torch.ops.aten
+COALESCED = {
+    torch.ops.c10d.reduce_scatter_tensor_coalesced_.default,
+    torch.ops.c10d.allgather_into_tensor_coalesced_.default,
+    torch.ops.c10d.allreduce_coalesced_.default,
+}
 
 
 def build(folder: Path) -> Path | None:
-    """Compile fake_gpu.cpp for this torch. Return the library, or None without a compiler."""
+    """Compile fake_gpu.cpp for this torch, once. Return the library, or None without a compiler."""
     torch_folder, library = Path(torch.__file__).parent, folder / "fake_gpu.so"
+    if library.exists():
+        return library
     command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", f"-I{torch_folder / 'include'}", str(SOURCE)]
     command += ["-o", str(library), f"-L{torch_folder / 'lib'}", "-lc10", "-ltorch_cpu"]
     try:
@@ -58,12 +65,14 @@ class HostWaits(TorchDispatchMode):
     """Counts operations that make the host wait for the GPU, by the project's line that calls them.
 
     They are copies to the host (also item(), tolist(), bool() and nonzero()), copies to the GPU from
-    memory that is not pinned, and torch.cuda's synchronize(). A GPU returns values. Here a read
-    number is 1.
+    memory that is not pinned, and torch.cuda's synchronize(). A tensor has no values here, so a read
+    number is `number`.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.number = 1
+        """The number that is read from any tensor on the GPU."""
         self.places: Counter[str] = Counter()
         self.pinned: set[int] = set()
         """Addresses of the storages of pinned tensors."""
@@ -80,6 +89,8 @@ class HostWaits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in COALESCED:  # FakeTensorMode does not have them
+            return FakeWork().boxed()
         if func is aten._pin_memory.default or func is aten.pin_memory.default:
             copy = args[0].clone()
             self.pinned.add(copy.untyped_storage()._cdata)
@@ -87,23 +98,25 @@ class HostWaits(TorchDispatchMode):
         if func is aten.is_pinned.default:
             return args[0].untyped_storage()._cdata in self.pinned
         if func is aten._local_scalar_dense.default:
+            number = 1
             if args[0].is_cuda:
                 self.add("a number is read")
-            return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
-        if func in (aten.nonzero.default, aten.masked_select.default) and args[0].is_cuda:
-            self.add(func.__name__)
+                number = self.number
+            return bool(number) if args[0].dtype is torch.bool else number
+        if func is aten.nonzero.default and args[0].is_cuda:
+            self.add("a number of elements is read")
+            return torch.ones((1, args[0].dim()), dtype=torch.int64, device=args[0].device)
         if func is aten._to_copy.default:
             self._copy(args[0], torch.device(kwargs.get("device") or args[0].device), kwargs)
         if func is aten.copy_.default and isinstance(args[1], Tensor):
             is_asynchronous = bool(kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
             self._copy(args[1], args[0].device, {"non_blocking": is_asynchronous})
-        if func in (aten.lift_fresh.default, aten.lift_fresh_copy.default):
-            return func(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _copy(self, source: Tensor, target: torch.device, kwargs: dict[str, Any]) -> None:
         if source.device.type == target.type:
             return
+        source.constant = None  # FakeTensorMode would really copy a small constant
         if target.type == "cuda":
             is_pinned = source.untyped_storage()._cdata in self.pinned
             if not (is_pinned and kwargs.get("non_blocking")):
@@ -128,6 +141,10 @@ def fake_gpu(
         torch.compiler.set_stance("force_eager")
         dist.init_process_group("fake", rank=rank, world_size=parallel.model_ranks * dp, store=FakeStore())
         stack.callback(dist.destroy_process_group)
+        # torch.tensor(1.0, device="cuda") makes a tensor on the CPU and copies it. With this setting
+        # the copy is an operation that the modes see.
+        torch._C._set_only_lift_cpu_tensors(True)
+        stack.callback(torch._C._set_only_lift_cpu_tensors, False)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(waits)
         try:
@@ -186,11 +203,29 @@ def _patches(waits: HostWaits) -> list[tuple[Any, str, Any]]:
         "max_memory_reserved": lambda *_, **__: 0,
         "mem_get_info": lambda *_, **__: (1 << 36, 1 << 36),
     }
+    def values(tensor: Tensor) -> np.ndarray:
+        if tensor.is_cuda:
+            waits.add("values are read")
+        return np.ones(tuple(tensor.shape), np.float32 if tensor.is_floating_point() else np.int64)
+
     patches = [(torch.cuda, name, value) for name, value in replaced.items()]
     patches += [(torch.cuda.random, name, replaced[name]) for name in ("get_rng_state", "set_rng_state")]
     patches += [(torch.cuda.nvtx, name, lambda *_: None) for name in ("range_push", "range_pop")]
+    make_tensor = torch.tensor
+
+    def tensor(data: Any, *, pin_memory: bool = False, **kwargs: Any) -> Tensor:
+        made = make_tensor(data, **kwargs)
+        return made.pin_memory() if pin_memory else made
+
+    patches += [(torch, "tensor", tensor)]
+    patches += [(dist, "all_gather_object", _gather_objects)]
+    patches += [(Tensor, "numpy", values), (FakeTensor, "tolist", lambda tensor: values(tensor).tolist())]
     patches += [(triton.runtime.jit.JITFunction, "run", _launch), (torch.nn.Module, "to", _move)]
     return patches
+
+
+def _gather_objects(objects: list[Any], value: Any, group: Any = None) -> None:
+    objects[:] = [value] * len(objects)
 
 
 def _move(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
@@ -223,8 +258,3 @@ def _launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> 
             assert value.is_cuda, f"{name} of {kernel.fn.__name__} is on {value.device}"
     assert all(isinstance(size, int) and size >= 0 for size in grid), grid
     launched[kernel.fn.__name__] += 1
-
-
-if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    sys.exit(0 if build(Path(sys.argv[1])) else 1)
