@@ -17,7 +17,6 @@ from minitron_mp.artifacts.checkpoint import load_weights, model_state, save_che
 from minitron_mp.config.pruning import ScoreConfig
 from minitron_mp.config.training import CorrectionConfig
 from minitron_mp.distributed.world import World
-from minitron_mp.evaluation import log_likelihood
 from minitron_mp.models import build
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import ModelOptions, build_model
@@ -99,7 +98,9 @@ def hidden_of(layout: Layout, arch: Arch, teacher: Path, *, engine: bool) -> Ten
         return torch.cat(model.forward(batches, lambda hidden, _: hidden), 1)
 
 
-def run_fp8(layout: Layout, arch: Arch, teacher: Path, kind: str, output: Path, tokens: int) -> dict[str, Any]:
+def run_fp8(
+    layout: Layout, arch: Arch, teacher: Path, kind: str, output: Path, tokens: int
+) -> dict[str, Any]:
     """Run a step of training with FP8, then a forward pass of a model with FP8 weights.
 
     Returns the calls of the double in each.
@@ -119,33 +120,12 @@ def run_fp8(layout: Layout, arch: Arch, teacher: Path, kind: str, output: Path, 
     with joined(layout) as world:
         engine_double.calls.clear()
         model = load(arch, teacher, world, training=settings, **options)
-        train_one(model, None, lambda step: [batch], settings, RunOptions(output, manifest("correct"), seed=3))
+        train_one(
+            model, None, lambda step: [batch], settings, RunOptions(output, manifest("correct"), seed=3)
+        )
         found["training"] = dict(engine_double.calls)
         engine_double.calls.clear()
         model = load(arch, teacher, world, fp8=kind, **options).freeze()
         model.forward([batch])
         found["frozen"] = dict(engine_double.calls)
-    return found
-
-
-def score_padded(layout: Layout, arch: Arch, teacher: Path) -> list[tuple[Tensor, list[int], list[int]]]:
-    """Return log-likelihoods, next tokens and batch lengths with CPU padding and with GPU padding."""
-    from minitron_mp.evaluation.log_likelihood import Row, next_tokens, padded_length, row_batches, score_rows
-
-    generator = torch.Generator().manual_seed(0)
-    lengths = [3, 17, 23, 5, 40, 41, 70, 9, 33]
-    texts = [torch.randint(0, arch.vocab_size, (n,), generator=generator).tolist() for n in lengths]
-    rows = [Row(text, 1 + number % 2) for number, text in enumerate(texts)]
-    found = []
-    with joined(layout) as world:
-        model = load(arch, teacher, world, engine=False, precision="fp32").eval()
-        for device in ("cpu", "cuda"):
-            padded = lambda length, parallel, _, name=device: padded_length(
-                length, parallel, torch.device(name)
-            )
-            with patch.object(log_likelihood, "padded_length", padded):
-                scores = score_rows(model, rows, micro_batch_size=2, eod=0)
-                tokens = next_tokens(model, texts, micro_batch_size=2, eod=0)
-                shapes = [group[0]["tokens"].shape[1] for group in row_batches(rows, world, 2, 0)]
-            found.append((scores, tokens, shapes))
     return found

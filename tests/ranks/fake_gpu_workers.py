@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import engine_double  # isort: skip  (before megatron.core)
+import engine_double  # noqa: F401  # isort: skip  (before megatron.core)
 
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,8 @@ def run_all(
         end("depth")
 
         settings = DistillConfig(
-            steps=9, valid_interval=0,
+            steps=9,
+            valid_interval=0,
             warmup_steps=0,
             global_batch_size=2 * NUM_MICROBATCHES,
             micro_batch_size=2,
@@ -89,7 +90,12 @@ def run_all(
             ce_weight=0.5,
             states=STATES,
         )
-        run = TrainingRun(built(student, training=settings), teacher, settings, RunOptions(None, manifest("distill"), seed=3))
+        run = TrainingRun(
+            built(student, training=settings),
+            teacher,
+            settings,
+            RunOptions(None, manifest("distill"), seed=3),
+        )
         end("start of training")
         waits.number = 0  # ranks whose gradient is not finite
         for step, name in enumerate(("step", "step with a log")):

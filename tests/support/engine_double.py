@@ -98,7 +98,13 @@ class Linear(nn.Module):
         self.save_original_input = save_original_input  # Megatron sets it on some layers in FP8
         self.sequence_parallel = size > 1 and sequence_parallel
         if ub_name is not None:
-            names = ("ub_overlap_ag", "ub_overlap_rs", "ub_overlap_rs_dgrad", "ub_bulk_dgrad", "ub_bulk_wgrad")
+            names = (
+                "ub_overlap_ag",
+                "ub_overlap_rs",
+                "ub_overlap_rs_dgrad",
+                "ub_bulk_dgrad",
+                "ub_bulk_wgrad",
+            )
             values = (ub_overlap_ag, ub_overlap_rs, ub_overlap_rs_dgrad, ub_bulk_dgrad, ub_bulk_wgrad)
             settings[ub_name] = dict(zip(names, values))
         rows = out_features // size if parallel_mode == "column" else out_features
@@ -289,7 +295,9 @@ def apply_rotary_pos_emb(
     cp_size: int = 1,
     cp_rank: int = 0,
 ) -> Tensor:
-    assert tensor_format == "sbhd" and not interleaved and cp_size == 1
+    assert tensor_format == "sbhd"
+    assert not interleaved
+    assert cp_size == 1
     width = freqs.shape[-1]
     rotated, rest = t[..., :width].float(), t[..., width:]
     low, high = rotated.chunk(2, -1)
@@ -301,7 +309,9 @@ def rmsnorm_fwd(
     x: Tensor, weight: Tensor, eps: float, out: Any, quantizer: Any, dtype: Any, margin: int, centered: bool
 ) -> tuple[Tensor, None, Tensor]:
     calls["rmsnorm_fwd"] += 1
-    assert x.dim() == 2 and dtype == x.dtype == weight.dtype and not centered
+    assert x.dim() == 2
+    assert dtype == x.dtype == weight.dtype
+    assert not centered
     inverse = (x.float().square().mean(-1) + eps).rsqrt()
     return (x.float() * inverse[:, None] * weight.float()).to(dtype), None, inverse
 
@@ -310,7 +320,8 @@ def rmsnorm_bwd(
     dz: Tensor, x: Tensor, inverse: Tensor, weight: Tensor, margin: int, centered: bool
 ) -> tuple[Tensor, Tensor]:
     calls["rmsnorm_bwd"] += 1
-    assert dz.shape == x.shape and inverse.dtype is torch.float32
+    assert dz.shape == x.shape
+    assert inverse.dtype is torch.float32
     normed = x.float() * inverse[:, None]
     g = dz.float() * weight.float()
     dx = inverse[:, None] * (g - normed * (g * normed).mean(-1, keepdim=True))
@@ -329,7 +340,9 @@ def layernorm_fwd(
     centered: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     calls["layernorm_fwd"] += 1
-    assert x.dim() == 2 and dtype == x.dtype == weight.dtype and centered
+    assert x.dim() == 2
+    assert dtype == x.dtype == weight.dtype
+    assert centered
     mean = x.float().mean(-1)
     inverse = (x.float().var(-1, unbiased=False) + eps).rsqrt()
     normed = (x.float() - mean[:, None]) * inverse[:, None]

@@ -1,7 +1,8 @@
 """Signatures in a wheel of Transformer Engine, of everything that engine_double.py replaces.
 
+    cd tests/support
     pip download --no-deps transformer-engine==2.16.1
-    python tests/support/engine_signatures.py transformer_engine-2.16.1-*.whl > tests/support/engine_signatures.json
+    python engine_signatures.py transformer_engine-2.16.1-*.whl > engine_signatures.json
 
 It reads the sources, because the package cannot be imported without CUDA. The functions of the C++
 module have no Python signature. For them the table has the number of arguments of the wheel's calls.
@@ -46,9 +47,7 @@ def parameters(source: str, name: str) -> list[str]:
     body: list[ast.stmt] = ast.parse(source).body
     for part in name.split("."):
         found = [
-            node
-            for node in body
-            if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == part
+            node for node in body if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == part
         ]
         body = found[-1].body
     (function,) = found[-1:]
@@ -73,7 +72,9 @@ def of_wheel(wheel: Path) -> dict[str, list[str] | int]:
     """Return the table of a wheel."""
     with zipfile.ZipFile(wheel) as files:
         read = {path: files.read(ROOT + path).decode() for path in {*DEFINITIONS.values(), *CALLS.values()}}
-    table: dict[str, list[str] | int] = {name: parameters(read[path], name) for name, path in DEFINITIONS.items()}
+    table: dict[str, list[str] | int] = {
+        name: parameters(read[path], name) for name, path in DEFINITIONS.items()
+    }
     return table | {name: num_arguments(read[path], name) for name, path in CALLS.items()}
 
 

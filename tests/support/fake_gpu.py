@@ -203,6 +203,7 @@ def _patches(waits: HostWaits) -> list[tuple[Any, str, Any]]:
         "max_memory_reserved": lambda *_, **__: 0,
         "mem_get_info": lambda *_, **__: (1 << 36, 1 << 36),
     }
+
     def values(tensor: Tensor) -> np.ndarray:
         if tensor.is_cuda:
             waits.add("values are read")
