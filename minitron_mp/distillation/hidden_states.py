@@ -42,6 +42,7 @@ from minitron_mp.distillation.teacher import Teacher, signal_of
 from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError
+from minitron_mp.losses.tensor_parallel import add_weight_gradient, for_product, product
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Names of AdamW's state."""
@@ -68,7 +69,12 @@ class _Site:
 
 @dataclass
 class _Projection:
-    """W and its optimizer. weight [h_t, h_s] is float32. A step accumulates its gradient."""
+    """W and its optimizer. weight [h_t, h_s] is float32. A step accumulates its gradient.
+
+    On a GPU the products with bf16 states have bf16 operands, as those of the model's layers, and
+    float32 results. They run at about ten times the speed of float32 products. On a CPU, and with
+    float32 states, they are float32 products.
+    """
 
     weight: Tensor
     optimizer: torch.optim.AdamW
@@ -89,6 +95,25 @@ class _Projection:
     def gradient(self) -> Tensor:
         assert self.weight.grad is not None
         return self.weight.grad
+
+    def of(self, x: Tensor) -> Tensor:
+        """Return x W^T float32 [..., h_t] of states x [..., h_s]."""
+        rows = x.flatten(0, -2)
+        return product(rows, for_product(rows, self._operand(x), torch.float32), torch.float32).view(
+            *x.shape[:-1], -1
+        )
+
+    def backward(self, x: Tensor, gradient: Tensor) -> Tensor:
+        """Return the gradient of x, and add the gradient of W. gradient [..., h_t]: of of(x)."""
+        weight = self._operand(x)
+        rows = x.flatten(0, -2).to(weight.dtype)
+        grad_rows = gradient.flatten(0, -2).to(weight.dtype)
+        add_weight_gradient(self.gradient, grad_rows, rows)
+        return torch.mm(grad_rows, weight).view(x.shape)
+
+    def _operand(self, x: Tensor) -> Tensor:
+        """Return W in the dtype of the products with x."""
+        return self.weight.detach().to(x.dtype) if x.is_cuda else self.weight.detach()
 
     def step(self, lr: float) -> None:
         self.optimizer.param_groups[0]["lr"] = lr
@@ -223,18 +248,16 @@ class HiddenStatesLoss:
             t = gathered
         if mask.shape[0] != x.shape[0]:
             mask = mask.chunk(tp.size())[tp.rank()]
-        weight = None if self.projection is None else self.projection.weight
+        hidden = x.detach()
+        projected = hidden.float() if self.projection is None else self.projection.of(hidden)
         with torch.enable_grad():
-            leaf = x.detach().float().requires_grad_()
-            projected = leaf if weight is None else leaf @ weight.t()
-            total = (distance(projected, t.float(), self.settings.kind) * mask).sum()
-            gradient, *weight_gradient = torch.autograd.grad(
-                total * self.alpha.float(), [leaf] if weight is None else [leaf, weight]
-            )
+            leaf = projected.requires_grad_()
+            total = (distance(leaf, t.float(), self.settings.kind) * mask).sum()
+            (gradient,) = torch.autograd.grad(total * self.alpha.float(), leaf)
         if self.counts:
             self.sum += total.detach()
         if self.projection is not None:
-            self.projection.gradient.add_(weight_gradient[0])
+            gradient = self.projection.backward(hidden, gradient)
         return _AddGradient.apply(x, gradient.to(x.dtype))
 
 

@@ -24,6 +24,6 @@ class Batch(TypedDict, total=False):
     teacher_signal: object
     """distillation.teacher.TeacherSignal; read it with signal_of()."""
     rows: Tensor
-    """int64 [b], numbers of the scored rows. Only evaluation.log_likelihood sets it."""
+    """int64 [b], numbers of the scored rows, not split. Only evaluation.log_likelihood sets it."""
     index: int
     """Position among the microbatches of a step. Only training.teacher_correction sets it."""

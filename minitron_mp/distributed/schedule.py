@@ -78,17 +78,28 @@ def run_schedule(
 def local_batch(batch: Batch, world: World) -> Batch:
     """Return this context-parallel rank's part of a batch, on its device.
 
-    labels and loss_mask are transposed to [s/cp, b]. documents stay complete. Further keys are not
-    changed.
+    labels and loss_mask are transposed to [s/cp, b]. documents and rows stay complete. Further keys
+    are not changed.
     """
     local: dict[str, Any] = {}
     for key, value in cast(dict[str, Any], batch).items():
         if key in ("tokens", "labels", "position_ids", "loss_mask"):
-            value = context_parallel_slice(value.to(world.device, non_blocking=True), 1, world.groups.cp)
-        elif key == "documents":
-            value = value.to(world.device, non_blocking=True)
+            value = context_parallel_slice(on_device(value, world.device), 1, world.groups.cp)
+        elif key in ("documents", "rows"):
+            value = on_device(value, world.device)
         local[key] = value.transpose(0, 1) if key in ("labels", "loss_mask") else value
     return cast(Batch, local)
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a host tensor on the device, without waiting for the kernels of earlier work.
+
+    A copy to a GPU is asynchronous only from pinned memory. torch keeps pinned memory for reuse, so
+    pinning costs a copy on the host.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _forward_step(

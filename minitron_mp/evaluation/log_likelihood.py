@@ -11,6 +11,7 @@ exchanged between tensor-parallel ranks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +20,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.world import World
 from minitron_mp.losses.fused import float32_logits
 from minitron_mp.models.sharded_model import ShardedModel, output_weight, unwrap
+
+LENGTH_STEP = 64
+"""On a GPU padded lengths are multiples of this number of tokens."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ def _sum_rows(
     sums = torch.zeros(shape, dtype=torch.float64, device=world.device)
 
     def add(hidden: Tensor, batch: Batch) -> None:
-        sums.index_add_(0, batch["rows"].to(world.device), measure(hidden, batch))
+        sums.index_add_(0, batch["rows"], measure(hidden, batch))
 
     model.eval()
     for batches in groups:
@@ -125,14 +130,13 @@ def _rows_per_group(world: World, micro_batch_size: int) -> int:
 def row_batches(rows: Sequence[Row], world: World, micro_batch_size: int, eod: int) -> Iterator[list[Batch]]:
     """Yield this data-parallel rank's microbatches in groups that fill the pipeline.
 
-    All microbatches of a group are as long as its longest row. loss_mask marks the positions that
-    predict scored tokens, and "rows" [b] holds the numbers of the rows.
+    All microbatches of a group have the padded length of its longest row. loss_mask marks the
+    positions that predict scored tokens, and "rows" [b] holds the numbers of the rows.
     """
     dp, rows_per_group = world.groups.dp, _rows_per_group(world, micro_batch_size)
-    multiple = world.parallel.sequence_multiple
     order = sorted(range(len(rows)), key=lambda number: -len(rows[number].tokens))
     for first in range(0, len(rows), rows_per_group):
-        length = -(-(len(rows[order[first]].tokens) - 1) // multiple) * multiple
+        length = padded_length(len(rows[order[first]].tokens) - 1, world.parallel, world.device)
         starts = range(
             first + dp.rank() * micro_batch_size, first + rows_per_group, micro_batch_size * dp.size()
         )
@@ -140,6 +144,22 @@ def row_batches(rows: Sequence[Row], world: World, micro_batch_size: int, eod: i
             _batch(rows, order[start : start + micro_batch_size], micro_batch_size, length, eod)
             for start in starts
         ]
+
+
+def padded_length(length: int, parallel: ParallelConfig, device: torch.device) -> int:
+    """Return the length that rows of `length` tokens are padded to. Causal attention ignores padding.
+
+    The layout needs a multiple of parallel.sequence_multiple. On a GPU there are also few different
+    lengths, because Megatron-Core's fused functions are compiled for each, which takes seconds:
+    multiples of 64 up to 512, then four lengths per power of two (640, 768, 896, 1024, 1280, ...).
+    That adds at most 25 % above 256 tokens. They are multiples of 8 tokens per rank, too, as the
+    rows of FP8 products must be.
+    """
+    multiple = parallel.sequence_multiple
+    if device.type == "cuda":
+        octave = 1 << max(0, length - 1).bit_length()  # the power of two from `length` on
+        multiple = math.lcm(8 * multiple, max(LENGTH_STEP, octave // 8))
+    return -(-length // multiple) * multiple
 
 
 def _batch(rows: Sequence[Row], numbers: list[int], size: int, length: int, eod: int) -> Batch:

@@ -23,7 +23,7 @@ def block_spec(
     Engine spec fuses each norm into the next linear layer.) So checkpoint keys, hooks and masks are
     the same for both. The cost is one more write and one more read of each norm's output, 2 s b h
     bytes each in bf16: under a hundredth of a layer's time at hidden size 4096 on an H100
-    (computed, not measured).
+    (computed, not measured). engine_layers.py has the other reasons.
     """
     layer, norm = _engine_layer(arch) if engine else _local_layer(arch)
     parts = layer.submodules
@@ -47,7 +47,7 @@ def _local_layer(arch: Arch) -> tuple[ModuleSpec, type]:
 
 def _engine_layer(arch: Arch) -> tuple[ModuleSpec, type]:
     """Return Megatron's layer with Transformer Engine's modules, and the norm class."""
-    from minitron_mp.models.engine_layers import UnfusedNormProvider
+    from minitron_mp.models.engine_layers import EngineLayerNorm1p, EngineRMSNorm, UnfusedNormProvider
 
     engine = UnfusedNormProvider()
     layer = get_gpt_layer_local_spec(qk_layernorm=arch.qk_norm, normalization="RMSNorm")
@@ -56,4 +56,4 @@ def _engine_layer(arch: Arch) -> tuple[ModuleSpec, type]:
     attention.linear_qkv = engine.column_parallel_linear()
     attention.linear_proj = engine.row_parallel_linear()
     layer.submodules.mlp = get_mlp_module_spec_for_backend(backend=engine)
-    return layer, engine.layer_norm()
+    return layer, EngineRMSNorm if arch.norm == "rms" else EngineLayerNorm1p

@@ -1,6 +1,7 @@
 """Importance, plan and slicing of a student. All files loop over the table of axes (models/axes.py).
 
-importance      score: activation importance of a sharded model; cosine_kernel: its CUDA kernel
+importance      score: activation importance of a sharded model; probes: its hooks
+cosine_kernel   a CUDA kernel for the score of layers
 aggregation     formulas that turn activations into scores
 scores          Scores: the importance of every unit
 ranking         which units are kept

@@ -100,7 +100,7 @@ def scores_without(
 
     def judge(key: int, chunk: Any, hidden: Tensor, batch: Batch) -> None:
         sums = span_sums(chunk, hidden, batch, world, model.arch.vocab_size)
-        scores[key + 1].index_add_(0, batch["rows"].to(world.device), sums)
+        scores[key + 1].index_add_(0, batch["rows"], sums)
 
     groups = row_batches(rows, world, micro_batch_size, eod)
     _walk(model, groups, [gone, *candidates], judge, progress)

@@ -26,8 +26,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor
 
 from minitron_mp.config.pruning import ScoreConfig
@@ -36,7 +34,12 @@ from minitron_mp.distributed.schedule import run_schedule
 from minitron_mp.errors import InputError
 from minitron_mp.models.axes import AXES, NO_LAYER, SUBLAYERS, Axis, LinearInput, NormOutput
 from minitron_mp.models.sharded_model import ShardedModel, unwrap
-from minitron_mp.pruning.aggregation import BATCH_AGGREGATIONS, SEQUENCE_AGGREGATIONS
+from minitron_mp.pruning.aggregation import (
+    BATCH_AGGREGATIONS,
+    SEQUENCE_AGGREGATIONS,
+    SequenceAggregation,
+)
+from minitron_mp.pruning.probes import cosine_distance, hook_input, hook_norm
 from minitron_mp.pruning.scores import Scores
 
 IN_ORDER = sorted(AXES.values(), key=lambda axis: not axis.per_layer)
@@ -52,16 +55,36 @@ class Site:
     layer: int
     partial: Tensor | None = None
     """[statistics, b, d] float32: sums over this rank's part of the sequence of a microbatch."""
-    totals: Tensor | None = None
-    """[2, d] float64: sums of m and of m squared over samples (aggregation.py)."""
+    width: int = 0
+    """d of the tensor, from the first microbatch on."""
 
     def read_partial(self) -> Tensor:
         assert self.partial is not None, "no microbatch is in flight"
         return self.partial
 
-    def read_totals(self) -> Tensor:
-        assert self.totals is not None, "no microbatch has run"
-        return self.totals
+
+@dataclass
+class ChunkSums:
+    """The sites and layers of one model chunk, and their sums over microbatches.
+
+    Sites of the same width share one tensor, so that a microbatch needs a few kernels for all of
+    them and not a few for each. Numbers of tokens are counted on the host. A copy of a host number
+    to the device would make the host wait for all earlier kernels.
+    """
+
+    sites: list[Site] = field(default_factory=list)
+    totals: dict[int, Tensor] = field(default_factory=dict)
+    """Width d -> [sites, 2, d] float64: sums of m and of m squared over samples (aggregation.py)."""
+    distances: dict[int, Tensor] = field(default_factory=dict)
+    """Layer -> float32 [s b]: 1 - cosine of each token of the current microbatch."""
+    layers: list[int] = field(default_factory=list)
+    cosine: Tensor | None = None
+    """[layers] float64: sums over tokens of 1 - cosine."""
+    num_tokens: int = 0
+    """Number of tokens that each sum of `cosine` has on this rank."""
+
+    def sites_of_width(self, width: int) -> list[Site]:
+        return [site for site in self.sites if site.width == width]
 
 
 @dataclass
@@ -70,9 +93,7 @@ class Recorder:
 
     model: ShardedModel
     config: ScoreConfig
-    sites: list[Site] = field(default_factory=list)
-    cosine: dict[int, Tensor] = field(default_factory=dict)
-    """layer -> [2] float64: sum over tokens of 1 - cosine, number of tokens."""
+    chunks: list[ChunkSums] = field(default_factory=list)
     num_samples: int = 0
 
     def importance(self) -> Scores:
@@ -82,8 +103,7 @@ class Recorder:
         """
         samples = torch.tensor(float(self.num_samples), dtype=torch.float64, device=self.model.world.device)
         dist.all_reduce(samples, group=self.model.world.groups.dp)
-        self._add_over_data_parallel_ranks()
-        units = self._units(samples)
+        units = self._units(self._totals_over_data_parallel_ranks(), samples)
         layers = self._layers()
         self._refuse_non_finite(units, layers)
         return Scores(
@@ -91,16 +111,25 @@ class Recorder:
             _to_numpy(layers),
         )
 
-    def _add_over_data_parallel_ranks(self) -> None:
-        if not self.sites:
-            return
-        stacked = torch.cat([site.read_totals().view(-1) for site in self.sites])
-        dist.all_reduce(stacked, group=self.model.world.groups.dp)
-        sizes = [site.read_totals().numel() for site in self.sites]
-        for site, totals in zip(self.sites, stacked.split(sizes)):
-            site.totals = totals.view(2, -1)
+    def _totals_over_data_parallel_ranks(self) -> list[tuple[Site, Tensor]]:
+        """Return the sites of this rank, each with its totals [2, d] over all samples."""
+        totals = [
+            (chunk.sites_of_width(width), total)
+            for chunk in self.chunks
+            for width, total in chunk.totals.items()
+        ]
+        if not totals:
+            return []
+        flat = torch.cat([total.view(-1) for _, total in totals])
+        dist.all_reduce(flat, group=self.model.world.groups.dp)
+        parts = flat.split([total.numel() for _, total in totals])
+        return [
+            (site, row)
+            for (sites, total), part in zip(totals, parts)
+            for site, row in zip(sites, part.view(total.shape), strict=True)
+        ]
 
-    def _units(self, samples: Tensor) -> dict[str, dict[int, Tensor]]:
+    def _units(self, totals: list[tuple[Site, Tensor]], samples: Tensor) -> dict[str, dict[int, Tensor]]:
         """Return axis -> layer -> scores [units] float64. samples: number of samples over all ranks."""
         arch, groups = self.model.arch, self.model.world.groups
         scores_of_axis = {
@@ -108,9 +137,8 @@ class Recorder:
             for axis in IN_ORDER
         }
         over_samples = BATCH_AGGREGATIONS[self.config.batch_aggregation]
-        for site in self.sites:
+        for site, (total, squares) in totals:
             axis = site.axis
-            total, squares = site.read_totals()
             scores = over_samples(total, squares, samples)  # [d]
             if axis.width(arch) > 1:
                 scores = scores.view(-1, axis.width(arch)).norm(dim=1)
@@ -131,8 +159,10 @@ class Recorder:
         """Return [L] float64: 1 - cosine of each layer, the mean over tokens."""
         groups = self.model.world.groups
         layers = self._zeros(2, self.model.arch.num_layers)
-        for layer, pair in self.cosine.items():
-            layers[:, layer] = pair
+        for chunk in self.chunks:
+            if chunk.cosine is not None:
+                layers[0, chunk.layers] = chunk.cosine
+                layers[1, chunk.layers] = float(chunk.num_tokens)
         if not self.model.world.parallel.sequence_parallel:
             # Equal on all tp ranks. Under sequence parallelism each rank has different tokens.
             layers /= groups.tp.size()
@@ -158,31 +188,24 @@ class Recorder:
                     "check the source weights, or set precision: fp32"
                 )
 
-    def start_site(self, axis: Axis, probe: LinearInput | NormOutput, layer: int) -> Callable[[Tensor], None]:
+    def start_site(
+        self, chunk: ChunkSums, axis: Axis, probe: LinearInput | NormOutput, layer: int
+    ) -> Callable[[Tensor], None]:
         """Register a site and return the function that its hook calls with the tensor [s, b, d]."""
         site = Site(axis, probe, layer)
-        self.sites.append(site)
+        chunk.sites.append(site)
 
         aggregation = SEQUENCE_AGGREGATIONS[self.config.sequence_aggregation]
 
         def record(a: Tensor) -> None:
             site.partial = aggregation.partial(a.detach())
+            site.width = a.shape[-1]
 
         return record
 
-    def record_cosine(self, layer: int, before: Tensor, after: Tensor) -> None:
-        """Add a layer's cosine distances. Ranks that split the sequence count each token once.
-
-        before, after [s, b, h]: the sequence part of this rank.
-        """
-        distance = _cosine_distance(before.detach().flatten(0, 1), after.detach().flatten(0, 1))
-        count = distance.new_tensor(distance.numel(), dtype=torch.float64)
-        pair = torch.stack([distance.sum(dtype=torch.float64), count])
-        self.cosine[layer] = self.cosine[layer] + pair if layer in self.cosine else pair
-
-    def end_microbatch(self, sites: list[Site], *, counts_samples: bool) -> None:
-        """Aggregate the sites of one chunk over the full sequence and add them to the totals."""
-        world = self.model.world
+    def end_microbatch(self, chunk: ChunkSums, *, counts_samples: bool) -> None:
+        """Aggregate the sites of one chunk over the full sequence and add them to its totals."""
+        world, sites = self.model.world, chunk.sites
         aggregation = SEQUENCE_AGGREGATIONS[self.config.sequence_aggregation]
         if world.parallel.sequence_parallel:
             norms = [site for site in sites if isinstance(site.probe, NormOutput)]
@@ -190,11 +213,19 @@ class Recorder:
         _reduce_over(sites, world.groups.cp, aggregation.reduce_op)
         if counts_samples and sites:
             self.num_samples += sites[0].read_partial().shape[1]
+        for width in dict.fromkeys(site.width for site in sites):
+            self._add_to_totals(chunk, width, aggregation)
+        _add_distances(chunk)
+
+    def _add_to_totals(self, chunk: ChunkSums, width: int, aggregation: SequenceAggregation) -> None:
+        """Add the sites of one width to their totals, and clear their partial sums."""
+        sites = chunk.sites_of_width(width)
+        sums = torch.stack([site.read_partial() for site in sites], 1)  # [statistics, sites, b, d]
+        m = aggregation.finish(sums.flatten(1, 2), self.model.sequence_length).double()
+        m = m.view(sums.shape[1:])  # [sites, b, d]
+        totals = torch.stack([m.sum(1), m.square().sum(1)], 1)
+        chunk.totals[width] = chunk.totals[width] + totals if width in chunk.totals else totals
         for site in sites:
-            sums = site.read_partial()
-            m = aggregation.finish(sums, self.model.sequence_length).double()  # [b, d]
-            totals = torch.stack([m.sum(0), m.square().sum(0)])
-            site.totals = totals if site.totals is None else site.totals + totals
             site.partial = None
 
 
@@ -207,13 +238,13 @@ def recording(model: ShardedModel, config: ScoreConfig) -> Iterator[Recorder]:
     recorder, handles = Recorder(model, config), []
     try:
         for number, chunk in enumerate(map(unwrap, model.chunks)):
-            first = len(recorder.sites)
+            sums = ChunkSums()
+            recorder.chunks.append(sums)
             for block in chunk.decoder.layers:
-                handles += _hook_block(block, recorder)
-            chunk_sites = recorder.sites[first:]
+                handles += _hook_block(block, recorder, sums)
 
-            def end(*_: Any, sites: list[Site] = chunk_sites, is_first: bool = number == 0) -> None:
-                recorder.end_microbatch(sites, counts_samples=is_first)
+            def end(*_: Any, sums: ChunkSums = sums, is_first: bool = number == 0) -> None:
+                recorder.end_microbatch(sums, counts_samples=is_first)
 
             handles.append(chunk.register_forward_hook(end))
         yield recorder
@@ -242,25 +273,30 @@ def _to_numpy(scores: Tensor) -> np.ndarray:
     return scores.float().cpu().numpy()
 
 
-def _hook_block(block: Any, recorder: Recorder) -> list[Any]:
-    """Register the hooks of one TransformerLayer: at all probes, and around it for the cosine."""
+def _hook_block(block: Any, recorder: Recorder, sums: ChunkSums) -> list[Any]:
+    """Register the hooks of one TransformerLayer: at all probes, and around it for the cosine.
+
+    sums: of the chunk of the layer.
+    """
     layer = block.layer_number - 1
     handles = []
     for axis in IN_ORDER:
         for probe in axis.probes:
-            record = recorder.start_site(axis, probe, layer)
+            record = recorder.start_site(sums, axis, probe, layer)
             if isinstance(probe, LinearInput):
-                handles.append(_hook_input(block.get_submodule(probe.module), record))
+                handles.append(hook_input(block.get_submodule(probe.module), record))
             else:
                 norm, linear = (block.get_submodule(path) for path in (probe.norm, probe.linear))
-                handles.append(_hook_norm(norm, linear, record))
+                handles.append(hook_norm(norm, linear, record))
     layer_inputs: list[Tensor] = []
 
     def enter(_: Any, args: Any, kwargs: Any) -> None:
         layer_inputs[:] = [kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]]
 
     def leave(_: Any, args: Any, output: Any) -> None:
-        recorder.record_cosine(layer, layer_inputs.pop(), output[0] if isinstance(output, tuple) else output)
+        hidden = output[0] if isinstance(output, tuple) else output
+        rows = (tensor.detach().flatten(0, 1) for tensor in (layer_inputs.pop(), hidden))
+        sums.distances[layer] = cosine_distance(*rows)
 
     return [
         *handles,
@@ -269,39 +305,19 @@ def _hook_block(block: Any, recorder: Recorder) -> list[Any]:
     ]
 
 
-def _hook_input(linear: Any, record: Callable[[Tensor], None]) -> Any:
-    return linear.register_forward_pre_hook(lambda _, args: record(args[0]))
+def _add_distances(chunk: ChunkSums) -> None:
+    """Add the cosine distances of a microbatch to the sums of each layer, and clear them.
 
-
-def _hook_norm(norm: Any, linear: Any, record: Callable[[Tensor], None]) -> Any:
-    if not isinstance(norm, IdentityOp):
-        return norm.register_forward_hook(lambda _, args, output: record(output))
-    # Transformer Engine's LayerNormLinear does not return the output of its norm (and rounds it in
-    # FP8), so the norm is recomputed.
-    return linear.register_forward_pre_hook(
-        lambda module, args: record(_norm_inside(module, args[0].detach()))
-    )
-
-
-def _norm_inside(linear: Any, x: Tensor) -> Tensor:
-    """Return the output [s, b, h] of the norm inside a Transformer Engine LayerNormLinear."""
-    weight = linear.layer_norm_weight + 1 if linear.zero_centered_gamma else linear.layer_norm_weight
-    if linear.normalization == "RMSNorm":
-        return F.rms_norm(x, weight.shape, weight, linear.eps)
-    return F.layer_norm(x, weight.shape, weight, linear.layer_norm_bias, linear.eps)
-
-
-def _cosine_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Return 1 - cosine of each pair of rows: a, b [n, h] -> [n] float32, computed in float32.
-
-    The float32 precision is needed because in bf16 the result would be rounding noise for a layer
-    whose output is close to its input.
+    Ranks that split the sequence count each token once.
     """
-    if not a.is_cuda:
-        return 1 - torch.cosine_similarity(a.float(), b.float(), dim=-1)
-    from minitron_mp.pruning.cosine_kernel import cosine_distance
-
-    return cosine_distance(a, b)
+    if not chunk.distances:
+        return
+    distances = torch.stack(list(chunk.distances.values()))  # [layers, s b]
+    sums = distances.sum(1, dtype=torch.float64)
+    chunk.cosine = sums if chunk.cosine is None else chunk.cosine + sums
+    chunk.layers = list(chunk.distances)
+    chunk.num_tokens += distances.shape[1]
+    chunk.distances.clear()
 
 
 def _reduce_over(sites: list[Site], group: Any, reduce_op: dist.ReduceOp.RedOpType) -> None:

@@ -42,7 +42,7 @@ ONLY_IN = {
     "megatron.core.parallel_state": {"distributed/world", "distributed/cpu_backend"},
     "megatron.core.mpu": set(),
     "megatron.bridge": {"integrations/megatron_bridge"},
-    "transformer_engine": {"models/precision"},
+    "transformer_engine": {"models/precision", "models/engine_layers"},
     "transformers": {"data/tokenizer", "data/chat_encoder", "integrations/megatron_bridge"},
     "pyarrow": {"data/text_files", "data/records"},
     "triton": {
