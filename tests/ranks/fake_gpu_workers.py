@@ -115,6 +115,7 @@ def known_waits(folder: Path, expressions: list[str]) -> dict[str, int] | None:
     found = {}
     with without_group(), fake_gpu.fake_gpu(ParallelConfig(), library) as (world, waits):
         x = torch.ones(4, device=world.device)
+        waits.places.clear()
         for text in expressions:
             eval(text, {"torch": torch, "x": x, "device": world.device})
             found[text] = sum(waits.places.values())

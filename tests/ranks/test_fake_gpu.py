@@ -57,8 +57,8 @@ ALLOWED = {
         f"minitron_mp/distributed/schedule.py run_schedule: {READ}": 1,
         # the norm decides whether gradients are applied, and is a host number in Megatron's clipping
         f"minitron_mp/training/optimizer.py gradient_norm: {READ}": 1,
-        # whether the losses are finite on all ranks, before the update
-        f"minitron_mp/training/run.py _is_finite: {READ}": 1,
+        # whether the losses are finite on all ranks; issued before the norm, so it is no second wait
+        f"minitron_mp/training/run.py update: {READ}": 1,
     },
 }
 ALLOWED["step with a log"] = ALLOWED["step"] | {

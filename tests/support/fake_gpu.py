@@ -140,7 +140,6 @@ def fake_gpu(
             stack.enter_context(patch.object(owner, name, value))
         torch.compiler.set_stance("force_eager")
         dist.init_process_group("fake", rank=rank, world_size=parallel.model_ranks * dp, store=FakeStore())
-        stack.callback(dist.destroy_process_group)
         # torch.tensor(1.0, device="cuda") makes a tensor on the CPU and copies it. With this setting
         # the copy is an operation that the modes see.
         torch._C._set_only_lift_cpu_tensors(True)
@@ -150,7 +149,7 @@ def fake_gpu(
         try:
             yield world_module.build_groups(parallel, DEVICE, 1), waits
         finally:
-            world_module.leave_groups()
+            world_module.leave_job(DEVICE)
 
 
 class _Generator:
