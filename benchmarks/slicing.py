@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.pruning import TargetConfig
+from minitron_mp.distributed.process_groups import host_group
 from minitron_mp.distributed.world import join_world
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import ModelOptions, build_model
@@ -67,7 +68,7 @@ def main() -> None:
             student = prune(model, plan)
             seconds = time.perf_counter() - start
         numbers = torch.tensor([peak.beyond / largest, seconds], dtype=torch.float64)
-        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX, group=host_group())
         if world.is_main:
             kept = sum(t.data.nbytes for t in student.values())
             print(
