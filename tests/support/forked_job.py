@@ -65,6 +65,7 @@ class Job:
 
     def __init__(self, arguments: list[str], log: Path, ranks: int = RANKS):
         self.log = log
+        self.started = time.time()
         log.write_text("")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

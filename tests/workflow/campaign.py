@@ -150,8 +150,9 @@ class Campaign:
 
     def _has_begun(self, job: Job, output: Path, target: str) -> bool:
         if target == "save":
-            checkpoints = output.glob("checkpoints/distill/.step_*.tmp")
-            return any(checkpoints) or (output / ".student_distilled.tmp").exists()
+            half = [*output.glob("checkpoints/distill/.step_*.tmp"), *output.glob(".student_distilled.tmp")]
+            # A killed job may have left half a checkpoint.
+            return any(path.exists() and path.stat().st_mtime > job.started for path in half)
         number = STAGES.index(target)
         before = f"{STAGES[number - 1]}: {output}" if number else "the run can be stopped"
         text = job.log.read_text()
