@@ -20,7 +20,7 @@ from typing import Any
 from gpu_stages import MINUTES, gpu_stages
 from machine import ROOT, facts
 from node_stages import NODE_MINUTES, node_stages
-from stages import FAILED, OK, TIMED_OUT, Stage, run_stages
+from stages import FAILED, NO_TIME, OK, TIMED_OUT, Stage, run_stages
 
 KINDS = {"gpu": (gpu_stages, MINUTES), "node": (node_stages, NODE_MINUTES)}
 REHEARSAL_MINUTES = 20.0
@@ -120,7 +120,7 @@ def main(words: list[str] | None = None) -> int:
     )
     parser.add_argument("kind", choices=list(KINDS))
     parser.add_argument("--output", type=Path, help="default: out/first_gpu or out/first_node")
-    parser.add_argument("--minutes", type=float, help="no stage goes on after this")
+    parser.add_argument("--minutes", type=float, help="every stage ends by then; above 0")
     parser.add_argument("--only", nargs="+", metavar="STAGE")
     parser.add_argument("--list", action="store_true", help="list the stages and what each one shows")
     parser.add_argument("--rehearse", action="store_true", help="run on a CPU at tiny sizes")
@@ -128,7 +128,10 @@ def main(words: list[str] | None = None) -> int:
     make_stages, minutes = KINDS[args.kind]
     rehearsed = "_rehearsal" if args.rehearse else ""
     args.output = (args.output or Path("out") / f"first_{args.kind}{rehearsed}").absolute()
-    args.minutes = args.minutes or (REHEARSAL_MINUTES if args.rehearse else minutes)
+    if args.minutes is None:
+        args.minutes = REHEARSAL_MINUTES if args.rehearse else minutes
+    if not args.minutes > 0:
+        parser.error(f"--minutes is {args.minutes:g}; give a number above 0")
     set_environment(args.rehearse)
     known = facts()
     stages = chosen(make_stages(known, args.rehearse), args.only)
@@ -146,6 +149,9 @@ def main(words: list[str] | None = None) -> int:
     )
     if content["failed"]:
         print("failed: " + ", ".join(content["failed"]))
+    late = [name for name, result in content["not_run"].items() if result == NO_TIME]
+    if late:
+        print(f"no time left for: {', '.join(late)}; run them with --only {' '.join(late)}")
     return 1 if content["failed"] or not good else 0
 
 

@@ -82,6 +82,7 @@ def raises(layout: ParallelConfig) -> None:
         value = torch.ones(1, device=world.device)
         dist.all_reduce(value)
         if world.rank == world.size - 1:
+            print(f"raised at {time.time():.3f}", flush=True)
             raise RuntimeError("this rank fails on purpose")
         dist.all_reduce(value)
         value.item()

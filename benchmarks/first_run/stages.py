@@ -218,5 +218,5 @@ def line_of(result: dict[str, Any]) -> str:
     last = result.get("last_lines") or [""]
     code = "" if result["rc"] in (None, 0) else f", exit code {result['rc']}"
     seconds = f"{result['seconds']:6.1f} s" if result.get("command") else " " * 8
-    told = last[-1].strip()[:70] if result["result"] in (OK, FAILED, TIMED_OUT) else ""
-    return f"{result['name']:22} {seconds}  {result['result']}{code}  {told}".rstrip()
+    text = last[-1].strip()[:70] if result["result"] in (OK, FAILED, TIMED_OUT) else ""
+    return f"{result['name']:22} {seconds}  {result['result']}{code}  {text}".rstrip()

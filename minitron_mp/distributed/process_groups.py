@@ -126,8 +126,13 @@ def end_groups(groups: Sequence[dist.ProcessGroup], device: torch.device, *, is_
     """
     in_order = sorted(groups, key=lambda group: group.group_name, reverse=True)
     if is_failed and device.type == "cuda":
-        abort = dist.distributed_c10d._abort_process_group
-        _abort_in_time(lambda: [abort(group) for group in in_order], device)
+
+        def abort() -> None:
+            for group in in_order:
+                with suppress(Exception):  # already destroyed
+                    dist.distributed_c10d._abort_process_group(group)
+
+        _abort_in_time(abort, device)
     else:
         for group in in_order:
             with suppress(ValueError):  # already destroyed

@@ -79,6 +79,10 @@ def join_roles(
         if str(error) in reason:
             raise
         raise (OtherRankError if isinstance(error, InputError) else RuntimeError)(reason) from error
+    except BaseException:  # Ctrl-C, or an exit
+        if channel is not None:
+            channel.abort()
+        raise
     finally:
         leave_job(device, is_failed=is_failed)
 

@@ -101,7 +101,8 @@ def join_world(parallel: ParallelConfig, *, seed: int, timeout_minutes: float = 
     It uses a GPU if the machine has one, else the CPU with gloo. If the process already has a
     default process group (a NeMo recipe, a test), that group is used. It is not destroyed, nor are
     other groups that existed before, and Megatron-Core's parallel_state is restored at the end.
-    timeout_minutes: timeout of the collectives.
+    timeout_minutes: timeout of the collectives. If a rank fails on a GPU, its groups are aborted. When
+    NCCL does not finish that, the process later ends with exit code 1.
     """
     owns_default = not dist.is_initialized()
     device = start_job(timeout_minutes) if owns_default else local_device()

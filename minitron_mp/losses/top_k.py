@@ -86,8 +86,8 @@ def top_k_of(
 ) -> TeacherTopK:
     """Return the k most likely tokens and the probability of the rest, from logits [..., v/tp].
 
-    The logits are overwritten on a GPU. All ranks of the tensor-parallel group must call the
-    function. They get the same result.
+    On a GPU the logits are [n, v/tp] and are overwritten. All ranks of the tensor-parallel group
+    must call the function. They get the same result.
     """
     num_columns = logits.shape[-1]
     first_column = group.rank() * num_columns

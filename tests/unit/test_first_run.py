@@ -143,7 +143,20 @@ def test_node_stages_need_all_gpus(first_run):
     stages = first_run.node_stages.node_stages(ONE_GPU, rehearse=False)
     assert {stage.missing for stage in stages} == {"needs 8 GPUs, here are 1"}
     (raises,) = (stage for stage in stages if stage.name == "rank_raises")
-    assert (raises.limit_s, raises.accepted) == (60.0, (1,))
+    assert raises.accepted == (1,)
+
+
+def test_end_after_an_exception_has_a_limit(first_run, tmp_path):
+    """The limit is from the exception, not from the start of the ranks."""
+    read, log = first_run.node_stages.read_raise, tmp_path / "log"
+    log.write_text(f"raised at {time.time() - 5:.3f}\nRuntimeError: this rank fails on purpose\n")
+    assert 4 < read(tmp_path)["end_s"] < 20
+    log.write_text(f"raised at {time.time() - 100:.3f}\nRuntimeError: this rank fails on purpose\n")
+    with pytest.raises(ValueError, match="100 s after the error; allowed: 60 s"):
+        read(tmp_path)
+    log.write_text("RuntimeError: another error\n")
+    with pytest.raises(ValueError, match="does not have the error"):
+        read(tmp_path)
 
 
 def test_readings(first_run, tmp_path):

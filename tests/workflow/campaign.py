@@ -152,7 +152,7 @@ class Campaign:
         if target == "save":
             half = [*output.glob("checkpoints/distill/.step_*.tmp"), *output.glob(".student_distilled.tmp")]
             # A killed job may have left half a checkpoint.
-            return any(path.exists() and path.stat().st_mtime > job.started for path in half)
+            return any(_modified_s(path) > job.started for path in half)
         number = STAGES.index(target)
         before = f"{STAGES[number - 1]}: {output}" if number else "the run can be stopped"
         text = job.log.read_text()
@@ -193,6 +193,14 @@ class Campaign:
             longest = 0.05 if target == "save" else self.durations[target]
             faults.append(Fault(kind, target, self.chance.uniform(0, longest)))
         return faults
+
+
+def _modified_s(path: Path) -> float:
+    """Return the time of the last change, 0 if the file does not exist any more."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def run_campaign(root: Path, counts: dict[str, int], seed: int = 1) -> Result:
