@@ -51,7 +51,7 @@ def read_loss(folder: Path) -> dict[str, Any]:
             rows[name.strip()] = row | ({"error": numbers[-1]} if numbers else {})
     if not any(name.startswith("ours") for name in rows):
         raise ValueError("the table of kd_loss.py has no row of our loss")
-    return {"rows": rows, "sizes": log_of(folder).splitlines()[0]}
+    return {"rows": rows, "sizes": next(line for line in log_of(folder).splitlines() if ", bf16, " in line)}
 
 
 def read_step(folder: Path) -> dict[str, Any]:

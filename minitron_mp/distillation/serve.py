@@ -139,7 +139,7 @@ class _Outbox:
 
     The host waits for a signal before it sends it. So it first issues the next forward pass, and the
     GPU does not idle meanwhile. The teacher is ahead of its sends by one block of microbatches, if
-    the window has room for two.
+    the window has room for three.
     """
 
     def __init__(self, sender: SignalSender | None, window: int, device: torch.device):
@@ -152,7 +152,8 @@ class _Outbox:
 
         Students consume all sent microbatches without those that wait here, so the wait ends.
         """
-        if len(self.signals) + count > self.window:
+        # The third block is the one that the student consumes.
+        if 2 * len(self.signals) + count > self.window:
             self.send()
         if self.sender is not None:
             self.sender.make_room(len(self.signals) + count)

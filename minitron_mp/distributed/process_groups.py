@@ -132,7 +132,7 @@ def end_groups(groups: Sequence[dist.ProcessGroup], device: torch.device, *, is_
                 with suppress(Exception):  # already destroyed
                     dist.distributed_c10d._abort_process_group(group)
 
-        _abort_in_time(abort, device)
+        _end_in_time(abort, device)
     else:
         for group in in_order:
             with suppress(ValueError):  # already destroyed
@@ -153,21 +153,29 @@ def abort_groups(device: torch.device, others: Sequence[dist.ProcessGroup] = ())
         if dist.is_initialized():
             dist.distributed_c10d._abort_process_group()
 
-    _abort_in_time(abort, device)
+    _end_in_time(abort, device)
 
 
-def _abort_in_time(abort: Callable[[], object], device: torch.device) -> None:
-    """Call abort() on a thread, and return after at most ABORT_S.
+def shut_down(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Shut down a group that torch does not know; reached by all its ranks."""
+    if device.type == "cuda":
+        _end_in_time(group.shutdown, device)
+    else:
+        group.shutdown()
 
-    NCCL's abort closes the connections to ranks of the same node only together with them. If it
-    does not end in time, the process later ends without destructors, which would wait again.
-    torchrun then ends the other ranks.
+
+def _end_in_time(end: Callable[[], object], device: torch.device) -> None:
+    """Call end() on a thread, and return after at most ABORT_S.
+
+    NCCL closes the connections to ranks of the same node only together with them, in abort and in
+    shutdown. If that does not end in time, the process later ends without destructors, which would
+    wait again, and with exit code 1. torchrun then ends the other ranks.
     """
 
     def run() -> bool:
         torch.cuda.set_device(device)  # a new thread starts with the first GPU
         with suppress(Exception):
-            abort()
+            end()
         return True
 
     if not within(ABORT_S, run):

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from minitron_mp.distributed.launcher import JobRank
-from minitron_mp.distributed.process_groups import abort_groups
+from minitron_mp.distributed.process_groups import abort_groups, shut_down
 from minitron_mp.errors import OtherRankError
 
 POLL_S = 0.05
@@ -103,7 +103,7 @@ class RoleChannel:
         Without it a group of NCCL ends when Python collects it, at another time on each rank, and
         waits there for the other ranks of the node.
         """
-        self.data.shutdown()
+        shut_down(self.data, self.device)
         self.control.shutdown()
 
     def report_failure(self, reason: str) -> str:

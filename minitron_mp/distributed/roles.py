@@ -74,8 +74,9 @@ def join_roles(
         # rank may not have reported its reason yet.
         text = f"{role} rank {role_rank}: {error}"
         within(REPORT_S, partial(channel.failure, REASON_WAIT_S if isinstance(error, RuntimeError) else 0.0))
-        channel.abort()
+        # Before the abort, which breaks the collectives of other ranks. They would report that.
         reason = within(REPORT_S, partial(channel.report_failure, text)) or text
+        channel.abort()
         if str(error) in reason:
             raise
         raise (OtherRankError if isinstance(error, InputError) else RuntimeError)(reason) from error

@@ -28,8 +28,8 @@ LAYOUT_KEYS = {
         "cuda_graphs",
         "fp8",
     ),
-    "teacher": ("placement", "ranks", "fp8"),
-    "teacher.parallel": ("tp", "sequence_parallel"),
+    "teacher": ("placement", "ranks", "student_ranks", "payload", "top_k", "window", "timeout_s", "fp8"),
+    "teacher.parallel": ("tp", "pp", "cp", "vpp", "sequence_parallel"),
 }
 """Section -> keys that a layout of the search may change. `correct` has the keys of `distill`."""
 

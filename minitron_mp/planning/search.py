@@ -153,7 +153,9 @@ def _candidates(case: PlanningCase, times: Times, impossible: Counter[str]) -> I
     """Yield each layout that divides, without recomputation. Count the others by reason."""
     recipe = case.recipe
     for layout, teacher in itertools.product(layouts(case.world), teachers(case, times)):
-        changes: dict[str, object] = {"parallel": layout, "teacher": teacher}
+        # _refined() tries CUDA graphs, which exclude some layouts.
+        distill = recipe.distill.model_copy(update={"cuda_graphs": False})
+        changes: dict[str, object] = {"parallel": layout, "teacher": teacher, "distill": distill}
         variant = case.with_recipe(with_overlap(recipe.model_copy(update=changes)))
         problem = sizes_problem(variant, times)
         if problem:
@@ -169,8 +171,19 @@ def _candidates(case: PlanningCase, times: Times, impossible: Counter[str]) -> I
 
 
 def _with_training(case: PlanningCase, training: TrainingConfig, *, recompute: bool | int) -> PlanningCase:
+    """Return the case with other settings of `distill`.
+
+    A teacher that is corrected during distillation has the same batches.
+    """
+    recipe = case.recipe
     changed = training.model_copy(update={"recompute": recompute})
-    return case.with_recipe(case.recipe.model_copy(update={"distill": changed}))
+    sections: dict[str, TrainingConfig] = {"distill": changed}
+    if recipe.correct and recipe.corrects_during_distillation:
+        names = ("micro_batch_size", "global_batch_size", "recompute")
+        same = {name: getattr(changed, name) for name in names}
+        steps = max(1, round(recipe.correct.steps * changed.steps / recipe.distill.steps))
+        sections["correct"] = recipe.correct.model_copy(update=same | {"steps": steps})
+    return case.with_recipe(recipe.model_copy(update=sections))
 
 
 def _refined(estimate: Estimate, times: Times) -> Iterator[Estimate]:
@@ -206,7 +219,7 @@ def _with_layout(case: PlanningCase, layout: ParallelConfig) -> PlanningCase:
 def _partly_recomputed(estimate: Estimate, times: Times) -> list[Estimate]:
     """Return the estimate that recomputes the fewest layers of a chunk and fits, if there is one."""
     case = estimate.case
-    low, high = 0, max(case.recipe.parallel.layers_of_chunks(case.student.num_layers))
+    low, high = -1, max(case.recipe.parallel.layers_of_chunks(case.student.num_layers))
     while high - low > 1:  # low layers do not fit, high layers do
         middle = (low + high) // 2
         variant = _with_training(case, case.recipe.distill, recompute=middle)

@@ -52,16 +52,8 @@ def layouts(world: int) -> list[ParallelConfig]:
 def teachers(case: PlanningCase, times: Times) -> list[TeacherConfig]:
     """Return placements of the teacher to try: colocated, and remote on several numbers of GPUs."""
     recipe = case.recipe
-    colocated = recipe.teacher.model_copy(
-        update={
-            "placement": "colocated",
-            "payload": "hidden",
-            "ranks": None,
-            "student_ranks": None,
-            "parallel": ParallelConfig(),
-            "siblings": {},
-        }
-    )
+    kept = {name: getattr(recipe.teacher, name) for name in ("model", "precision", "fp8")}
+    colocated = TeacherConfig().model_copy(update=kept)  # the other keys are for remote teachers
     if recipe.correct and recipe.corrects_during_distillation:
         return [colocated]
     return [colocated, *_remote_teachers(case, times)]

@@ -21,6 +21,7 @@ from minitron_mp.planning.command import read_models
 from minitron_mp.planning.hardware import GPUS, read_hardware
 from minitron_mp.planning.layouts import BATCH, ENGINE
 from minitron_mp.planning.memory import rank_parameters, training_memory
+from minitron_mp.planning.model_pass import STUDENT, TEACHER
 from minitron_mp.planning.search import fastest_layout, search_layouts
 from minitron_mp.planning.step_time import TP, estimate_distillation, estimate_training
 from minitron_mp.planning.times import MEASURED, SCALED, SHIPPED, OutputLayers, Times, read_times
@@ -331,9 +332,26 @@ def test_no_proposed_layout_is_rejected_by_the_recipe(examples, key):
     case = case_of(*NO_OVERLAP, f"distill.{key}=true", world=64)
     search = search_layouts(case, shipped())
     assert search.possible
-    assert bool(search.impossible[ENGINE]) == (key == "cuda_graphs")  # the search drops the other key
+    assert not search.impossible[ENGINE]  # the search drops the keys where they are impossible
     for estimate in search.possible[:50]:
         make_recipe(estimate.recipe.model_dump())
+
+
+def test_corrected_teacher_has_the_batches_of_the_student(examples):
+    """The search changes both sections, so its layouts are recipes, and the teacher's time is counted."""
+    values = load_recipe(TWELVE_TO_EIGHT, NO_OVERLAP).model_dump(exclude_unset=True)
+    values["distill"] |= {"micro_batch_size": 4}
+    values["correct"] = {"when": "during", "steps": 15900, "micro_batch_size": 4}
+    values["correct"] |= {"global_batch_size": 768, "warmup_steps": 120}
+    recipe = make_recipe(values)
+    models = read_models(recipe)
+    case = PlanningCase(models.student, models.teacher, recipe, 256)
+    assert case.recipe.corrects_during_distillation
+    search = search_layouts(case, shipped())
+    assert {each.recipe.distill.micro_batch_size for each in search.possible} > {1}
+    for estimate in search.possible[:50]:
+        make_recipe(estimate.recipe.model_dump(exclude_unset=True))
+        assert estimate.seconds[TEACHER] > 0.3 * estimate.seconds[STUDENT]
 
 
 def test_estimate_command(here, examples, tmp_path, monkeypatch):  # noqa: F811

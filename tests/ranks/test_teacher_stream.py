@@ -156,11 +156,12 @@ def test_transfer_that_never_returns_ends_at_a_limit(ranks):
 
 
 def test_teacher_issues_the_next_forward_pass_before_it_sends():
-    """One block ahead if the window has room for two blocks, else it sends first."""
-    ahead = order_of_work(window=2, pp=1, count=3)
+    """One block ahead if the window has room for three blocks, else it sends first."""
+    ahead = order_of_work(window=3, pp=1, count=3)
     assert ahead == ["forward 0", "forward 1", "send 0", "forward 2", "send 1", "send 2", "finish"]
-    one = order_of_work(window=1, pp=1, count=2)
-    assert one == ["forward 0", "send 0", "forward 1", "send 1", "finish"]
+    for window in (1, 2):
+        first = order_of_work(window=window, pp=1, count=2)
+        assert first == ["forward 0", "send 0", "forward 1", "send 1", "finish"]
     pipeline = order_of_work(window=2, pp=2, count=4)
     first = ["forward 0", "forward 1", "send 0", "send 1"]
     assert pipeline == [*first, "forward 2", "forward 3", "send 2", "send 3", "finish"]

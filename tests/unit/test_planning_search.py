@@ -200,13 +200,22 @@ def test_pruned_search_finds_the_fastest_layout(world, monkeypatch):
     assert fast.gpu_hours <= 1.001 * thorough.gpu_hours
 
 
-def test_settings_turn_the_recipe_into_the_proposed_one():
-    recipe = load_recipe(TWELVE_TO_EIGHT, ["parallel.tp=8", "distill.recompute=true"])
+REMOTE_TOP_K = [
+    *("teacher.placement=remote", "teacher.payload=topk", "teacher.top_k=64", "teacher.window=5"),
+    *("teacher.ranks=64", "teacher.parallel.tp=2", "teacher.parallel.pp=2", "parallel.tp=2"),
+]
+
+
+@pytest.mark.parametrize(
+    "start", [["parallel.tp=8", "distill.recompute=true"], REMOTE_TOP_K], ids=["colocated", "remote"]
+)
+def test_settings_turn_the_recipe_into_the_proposed_one(start):
+    recipe = load_recipe(TWELVE_TO_EIGHT, start)
     times = times_of()
     for fp8 in (False, True):
         best = search_layouts(case_of(recipe, 256), times, fp8=fp8).possible[0]
         overrides = settings_text(best, recipe).split()
-        changed = load_recipe(TWELVE_TO_EIGHT, ["parallel.tp=8", "distill.recompute=true", *overrides])
+        changed = load_recipe(TWELVE_TO_EIGHT, [*start, *overrides])
         again = estimate_distillation(case_of(changed, 256), times)
         assert again.step_s == pytest.approx(best.step_s)
         assert again.needed_bytes == pytest.approx(best.needed_bytes)
