@@ -68,7 +68,13 @@ def test_loss_diff_applies_after_another_divergence(tmp_path):
     assert re.findall(r'^    "(\w+)": Divergence\(', table, re.M)[-2:] == ["other", "hellinger"]
 
 
-@pytest.mark.parametrize("section", CHECKS)
+SLOW = ("criterion", "stage")
+"""Sections whose checks are slow tests."""
+
+
+@pytest.mark.parametrize(
+    "section", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CHECKS]
+)
 def test_diff_applies_and_its_addition_works(section, tmp_path):
     copy_repository(tmp_path)
     diff = diff_of(section)

@@ -64,7 +64,7 @@ def train(results, ranks, name, samples, **more):
     )
 
 
-@pytest.mark.parametrize("name", ["one", "tp2-pp2-sp", "cp2-dp2"])
+@pytest.mark.parametrize("name", [pytest.param("one", marks=pytest.mark.slow), "tp2-pp2-sp", "cp2-dp2"])
 def test_loss_and_gradient_are_means_over_the_tokens_of_the_assistant(results, ranks, samples, name):
     """Float64 dense weights and AdamW. A step without such tokens has no loss, and no gradient."""
     found = train(results, ranks, name, samples)

@@ -123,6 +123,8 @@ def options_of(columns):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @sizes
 def test_kernels_match_plain_torch(interpreted, columns, valid, split, dtype, divergence):
+    if columns > 1000 and divergence not in ("forward_kl", "js"):
+        pytest.skip("one divergence of each kind at many columns: the interpreter is slow")
     case = make_rows(columns, valid, dtype) | {"ranks": split}
     calls = [
         case | {"objective": objective(divergence, t, ce), "dtype": out} for t, ce, out in options_of(columns)

@@ -132,6 +132,7 @@ def test_cached_teacher_gives_the_same_loss_curve(whole, inputs, tmp_path, on_ra
     refused(run("distill", cached, "--force"), f"{shard} is damaged", "run `minitron-mp cache` again")
 
 
+@pytest.mark.slow
 def test_siblings_share_one_teacher_stream(inputs, whole, tmp_path, on_rank, in_job):
     """Two students of different sizes and layouts share one teacher.
 
