@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -124,11 +125,17 @@ def copies() -> dict[str, float]:
 
 def norms() -> dict[str, dict[str, float]]:
     """Host microseconds of a norm: forward, and forward with backward."""
-    modules = {"torch": torch.nn.RMSNorm(HIDDEN, dtype=torch.bfloat16, device=DEVICE)}
+    modules: dict[str, torch.nn.Module] = {
+        "torch": torch.nn.RMSNorm(HIDDEN, dtype=torch.bfloat16, device=DEVICE)
+    }
     if ON_GPU:
         from transformer_engine.pytorch import RMSNorm
 
+        from minitron_mp.models.engine_layers import EngineRMSNorm
+
         modules["Transformer Engine"] = RMSNorm(HIDDEN, dtype=torch.bfloat16, device="cuda")
+        config = SimpleNamespace(params_dtype=torch.bfloat16, sequence_parallel=False)
+        modules["ours, with Transformer Engine's kernels"] = EngineRMSNorm(config, HIDDEN).cuda()
     x, found = normal(64, 1, HIDDEN).requires_grad_(), {}
     for name, module in modules.items():
         found[name] = {
