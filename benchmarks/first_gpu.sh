@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The first minutes on one GPU: 14 minutes, ordered by what they tell, each stage with a limit of its own.
+# The first 14 minutes on one GPU. The most informative stages come first, and each has a time limit.
 # One JSON of results, first_gpu.json, from which benchmarks/first_run/publish.py writes the docs.
 # Run it in a checkout of the repository, after `pip install '.[te]' pytest`, or in the Docker image with
 # the checkout mounted. With liger-kernel installed, the loss is compared with it, too.

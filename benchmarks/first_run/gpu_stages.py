@@ -1,4 +1,4 @@
-"""The stages on one GPU, ordered by what they tell, and their rehearsal on a CPU.
+"""The stages on one GPU, the most informative first, and their rehearsal on a CPU.
 
 First whether each path is right, side by side and without times. Then times, alone: the loss, a
 step, facts of the GPU, where the loss's time goes, other vocabularies, a shard of tp 8, layer times,
@@ -170,7 +170,7 @@ CORRECT = (
     ),
     Row(
         "project_remote",
-        "a recipe with the teacher on a rank of its own, over the stream",
+        "a recipe with the teacher on a separate rank, over the stream",
         190,
         project("remote", ranks=2),
         project("remote", ranks=2),

@@ -60,7 +60,7 @@ def wait_for_inputs(folder: Path) -> None:
 
 
 def separate_hosts() -> None:
-    """Let NCCL accept several ranks on one GPU: each claims a host of its own."""
+    """Let NCCL accept several ranks on one GPU: each reports a different host."""
     import torch
 
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

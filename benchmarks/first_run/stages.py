@@ -1,7 +1,7 @@
 """Stages of a first run: commands with a time limit, of which none can block the next one.
 
 A stage runs in its own session with a mark in its environment. After it, and when its time is up,
-every process with the mark is killed, also workers of torchrun, which have sessions of their own.
+every process with the mark is killed, also workers of torchrun, which have their own sessions.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def read_nothing(folder: Path) -> dict[str, Any]:
 class Stage:
     """One command.
 
-    shows: what its result tells. command: words; "{folder}" is the stage's own folder, "{output}"
+    shows: what its result means. command: words; "{folder}" is the stage's own folder, "{output}"
     the one of the run. limit_s: time limit. read: function of the stage's folder, which has the
     file `log`, that returns numbers. with_file: option and file that are added if the file exists,
     because an earlier stage has written it. together: stages in succession with the same word run side by

@@ -18,8 +18,8 @@ second_sums  One program per row, over the same columns.
 row_values   One program per row. It combines the statistics of all tensor-parallel ranks and computes
              the loss of the row, and what its gradient needs.
 gradient     One program per BLOCK columns of a row. It reads the columns before it writes them.
-take_top     One program per row, for a top-k teacher. It moves the logits of the k tokens to a table
-             of their own and leaves -inf, so that statistics() sums the remaining tokens alone.
+take_top     One program per row, for a top-k teacher. It moves the logits of the k tokens to a
+             separate table and leaves -inf, so that statistics() sums the remaining tokens alone.
 put_top      One program per row. It writes the gradient of the k tokens.
 
 row_values, take_top and put_top are in row_kernels.py. A tile of rows needs three kernels, four with

@@ -32,7 +32,7 @@ two are forward.
 
 @dataclass(frozen=True)
 class CampaignItem:
-    """One row of a campaign: what it is, its GPU-hours, and its numbers in words."""
+    """One row of a campaign: its name, its GPU-hours, and the numbers behind them as text."""
 
     name: str
     gpu_hours: float
